@@ -94,7 +94,8 @@ def _five_bits(b: Blocks) -> U8:
     """The 32 integers 0..31 of a Q5_0 or Q5_1 block."""
     low = _bits(b["qs"], 4).reshape(len(b), 32)
     high = np.unpackbits(b["qh"], axis=1, bitorder="little")
-    return low | (high << np.uint8(4))
+    q: U8 = low | (high << np.uint8(4))
+    return q
 
 
 def _q5_0(b: Blocks) -> Unpacked:
@@ -180,58 +181,16 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
 DENSE_BYTES: Mapping[str, int] = MappingProxyType({"F32": 4, "F16": 2, "BF16": 2})
 
 # `enum ggml_type`, in its order; it names the retired types too, so that a refusal can.
-TYPE_NAMES: Mapping[int, str] = MappingProxyType(
-    dict(
-        enumerate(
-            # fmt: off
-            [
-                "F32",
-                "F16",
-                "Q4_0",
-                "Q4_1",
-                "Q4_2",
-                "Q4_3",
-                "Q5_0",
-                "Q5_1",
-                "Q8_0",
-                "Q8_1",
-                "Q2_K",
-                "Q3_K",
-                "Q4_K",
-                "Q5_K",
-                "Q6_K",
-                "Q8_K",
-                "IQ2_XXS",
-                "IQ2_XS",
-                "IQ3_XXS",
-                "IQ1_S",
-                "IQ4_NL",
-                "IQ3_S",
-                "IQ2_S",
-                "IQ4_XS",
-                "I8",
-                "I16",
-                "I32",
-                "I64",
-                "F64",
-                "IQ1_M",
-                "BF16",
-                "Q4_0_4_4",
-                "Q4_0_4_8",
-                "Q4_0_8_8",
-                "TQ1_0",
-                "TQ2_0",
-                "IQ4_NL_4_4",
-                "IQ4_NL_4_8",
-                "IQ4_NL_8_8",
-                "MXFP4",
-                "NVFP4",
-                "Q1_0",
-            ]
-            # fmt: on
-        )
-    )
+# fmt: off
+_GGML_TYPES = (
+    "F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0", "Q8_1",
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S",
+    "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8", "I16", "I32", "I64", "F64", "IQ1_M",
+    "BF16", "Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8", "TQ1_0", "TQ2_0", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8",
+    "MXFP4", "NVFP4", "Q1_0",
 )
+# fmt: on
+TYPE_NAMES: Mapping[int, str] = MappingProxyType(dict(enumerate(_GGML_TYPES)))
 
 
 @dataclass(frozen=True)
