@@ -1,0 +1,194 @@
+"""`Session`: many generations and conversations on one bidirectional stream, for blocking callers.
+
+One thread reads the stream and hands each event to its generation's queue, so any number of threads may iterate their
+own generations. A generation that nobody reads is kept in this process's memory: at most `max_tokens` chunks of it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from headrace.client import convert, types
+from headrace.client.errors import HeadraceError, error_from_rpc, make_error
+from headrace.client.routing import Event, SessionRouter, Started
+from headrace.v1 import inference_pb2 as pb
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+
+class SessionGeneration:
+    """The chunks of one generation of a session, as they come; one thread iterates it.
+
+    Raises HeadraceError from the iteration when the generation, or the whole session, fails. Closing it (or leaving
+    its `with` block) cancels it if it still runs.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.id = ""
+        self.prompt_tokens: int | None = None  # known from the first chunk on
+        self._session = session
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._is_over = False
+
+    def __iter__(self) -> Iterator[types.Chunk]:
+        return self
+
+    def __next__(self) -> types.Chunk:
+        while not self._is_over:
+            event = self._events.get()
+            if isinstance(event, Started):
+                self.prompt_tokens = event.prompt_tokens
+                continue
+            self._is_over = isinstance(event, HeadraceError) or event.finish is not None
+            if isinstance(event, HeadraceError):
+                raise event
+            return event
+        raise StopIteration
+
+    def cancel(self) -> None:
+        """Asks for an early end: the last chunk then says `finish.reason == "cancelled"`."""
+        self._session.cancel(self.id)
+
+    def update(self, *, max_tokens: int) -> None:
+        """Changes the limit of generated tokens, counted from the generation's start."""
+        self._session.update(self.id, max_tokens=max_tokens)
+
+    def close(self) -> None:
+        """Cancels the generation if it still runs. Idempotent."""
+        self.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Session:
+    """One bidirectional stream; made by `Client.session()`. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        options: dict[str, Any],
+        *,
+        model: str,
+        on_command_error: Callable[[HeadraceError], None] | None,
+    ) -> None:
+        self._model = model
+        self._router = SessionRouter(on_command_error)
+        self._commands: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
+        self._call = method(iter(self._commands.get, None), **options)
+        self._reader = threading.Thread(target=self._read, name="headrace-session", daemon=True)
+        self._reader.start()
+
+    def start(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: types.Messages | None = None,
+        token_ids: Sequence[int] | None = None,
+        conversation: str = "",
+        generation_id: str | None = None,
+        model: str | None = None,
+        label: str = "",
+        cache_salt: str = "",
+        **sampling: Unpack[types.Sampling],
+    ) -> SessionGeneration:
+        """Starts a generation. With a `conversation` name and messages, `append` can go on with it later."""
+        request = convert.make_generate(
+            convert.make_prompt(prompt, messages, token_ids),
+            sampling,
+            model=self._model if model is None else model,
+            label=label,
+            cache_salt=cache_salt,
+        )
+        generation = self._open(generation_id)
+        command = pb.SessionStart(generation_id=generation.id, request=request, conversation_id=conversation)
+        self._commands.put(pb.SessionRequest(start=command))
+        return generation
+
+    def append(
+        self,
+        conversation: str,
+        messages: str | types.Messages,
+        *,
+        generation_id: str | None = None,
+        **sampling: Unpack[types.Sampling],
+    ) -> SessionGeneration:
+        """Adds turns (a string is one user turn) to a conversation and generates the answer.
+
+        Without sampling parameters those of the conversation's start hold.
+        """
+        command = convert.make_append(conversation, messages, sampling)
+        generation = self._open(generation_id)
+        command.generation_id = generation.id
+        self._commands.put(pb.SessionRequest(append=command))
+        return generation
+
+    def cancel(self, generation_id: str) -> None:
+        """Cancels a generation; one that has ended is left alone."""
+        if self._router.is_running(generation_id):
+            self._commands.put(pb.SessionRequest(cancel=pb.SessionCancel(generation_id=generation_id)))
+
+    def update(self, generation_id: str, *, max_tokens: int) -> None:
+        """Changes a running generation's limit; a refusal goes to `on_command_error`."""
+        command = pb.SessionUpdate(generation_id=generation_id, max_tokens=max_tokens)
+        self._commands.put(pb.SessionRequest(update=command))
+
+    def ping(self, timeout: float = 10.0) -> types.Pong:
+        """Measures the way to the engine and back. Raises DeadlineExceededError after `timeout` seconds."""
+        answers: queue.SimpleQueue[types.Pong | HeadraceError] = queue.SimpleQueue()
+        nonce = self._router.open_ping(answers.put)
+        self._commands.put(pb.SessionRequest(ping=pb.SessionPing(nonce=nonce)))
+        try:
+            answer = answers.get(timeout=timeout)
+        except queue.Empty:
+            raise make_error(grpc.StatusCode.DEADLINE_EXCEEDED, f"no pong within {timeout:g} s") from None
+        if isinstance(answer, HeadraceError):
+            raise answer
+        return answer
+
+    def drain(self) -> None:
+        """Says that no command follows: what runs goes on to its end and can still be iterated."""
+        self._commands.put(None)
+
+    def close(self) -> None:
+        """Ends the session and cancels what still runs in it. Idempotent."""
+        self._commands.put(None)
+        if self._router.num_running:
+            self._call.cancel()
+        self._reader.join(timeout=5.0)  # seconds; a server that never answers the half-close is cancelled
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, generation_id: str | None) -> SessionGeneration:
+        generation = SessionGeneration(self)
+        generation.id = self._router.open(generation_id, generation._events.put)
+        return generation
+
+    def _read(self) -> None:
+        ended = make_error(grpc.StatusCode.CANCELLED, "the session was closed")
+        try:
+            for response in self._call:
+                self._router.dispatch(response)
+        except grpc.RpcError as error:
+            ended = error_from_rpc(error)
+        finally:
+            self._router.end(ended)
+            self._commands.put(None)  # lets gRPC's writer thread go
