@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: a closed msgspec schema, used in process and as frames between processes.
+"""What goes into the engine and what comes out: a closed msgspec schema, in process and as frames between processes.
 
 The front end (`headrace.server`) makes these; the engine knows nothing of protobuf. Ids are made by the server, never
 taken from a caller. Times are seconds of CLOCK_MONOTONIC, which all processes of a machine share.
@@ -35,7 +35,11 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SequenceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One sequence to run. With `score`, nothing is generated: the prompt's log-probabilities are the output."""
+    """One sequence to run.
+
+    With `score`, nothing is generated: the outputs are one TokenOutput per prompt token from the second on, over one or
+    several steps, then a finish with reason "length" and no output tokens.
+    """
 
     id: int
     prompt: list[int]
@@ -87,3 +91,5 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_preemptions: int = 0
     num_prefix_queries: int = 0  # tokens looked up
     num_prefix_hits: int = 0  # tokens found
+    num_parked: int = 0
+    num_step_failures: int = 0  # steps in which the executor raised

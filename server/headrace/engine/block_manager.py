@@ -1,0 +1,186 @@
+"""Who owns which KV block, and which blocks hold a prefix that others may share. Called by the scheduler only.
+
+A block is in exactly one place: the null block (block 0, padding target, never handed out), free, evictable (cached,
+owned by nobody, taken back least recently used first), or in the tables of `ref_counts[block]` sequences.
+
+Prefix cache: the hash of a full block is SHA-256 over (hash of the block before it, its tokens); the salt is the root.
+A block is registered only after the step that computed its KV has succeeded, and is never written again while it is
+registered. Hits are whole blocks, so a sequence only ever writes to blocks that are its own: no copy on write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from headrace.engine.sequence import Sequence
+
+NULL_BLOCK = 0
+
+
+@dataclass(frozen=True)
+class CachedBlock:
+    """What a registered block holds: enough to tell a true hit from a hash collision."""
+
+    hash: bytes
+    parent: bytes
+    tokens: bytes  # token ids as native int32
+
+
+@dataclass(frozen=True)
+class PrefixHit:
+    """Leading blocks of a sequence that are cached, in order.
+
+    num_evictable: how many of them nobody owns now. is_pending: a running sequence is about to compute the next one.
+    """
+
+    blocks: tuple[int, ...]
+    num_evictable: int
+    is_pending: bool
+
+
+NO_HIT = PrefixHit((), 0, False)
+
+
+def hash_block(parent: bytes, tokens: bytes) -> bytes:
+    """Chained hash of a full block, 32 bytes."""
+    return hashlib.sha256(parent + tokens).digest()
+
+
+class BlockManager:
+    """Blocks 1 .. num_blocks - 1 of `block_size` tokens."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_cache: bool) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_cache = enable_prefix_cache
+        self.ref_counts = [0] * num_blocks
+        self.free = list(range(num_blocks - 1, NULL_BLOCK, -1))  # a stack; low numbers first
+        self.evictable: OrderedDict[int, None] = OrderedDict()  # least recently released first
+        self.cached: dict[bytes, int] = {}
+        self.contents: list[CachedBlock | None] = [None] * num_blocks
+        self.pending: dict[bytes, int] = {}  # block hash -> id of the running sequence that will compute it
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be handed out now."""
+        return len(self.free) + len(self.evictable)
+
+    def lookup(self, seq: Sequence) -> PrefixHit:
+        """Find the cached prefix of a sequence without a table. Its last token is never a hit: it must be computed for
+        its logits."""
+        if not self.enable_prefix_cache:
+            return NO_HIT
+        blocks: list[int] = []
+        num_evictable = 0
+        is_pending = False
+        self._hash_full_blocks(seq)
+        for index in range((len(seq.tokens) - 1) // self.block_size):
+            block = self._find(seq, index)
+            if block is None:
+                is_pending = seq.block_hashes[index] in self.pending
+                break
+            blocks.append(block)
+            num_evictable += self.ref_counts[block] == 0
+        return PrefixHit(tuple(blocks), num_evictable, is_pending)
+
+    def shortage(self, seq: Sequence, hit: PrefixHit) -> int:
+        """How many blocks `allocate` lacks; at most 0 where it fits, then minus the blocks that it would leave."""
+        return seq.num_new_blocks(self.block_size) - len(hit.blocks) - (self.num_free - hit.num_evictable)
+
+    def allocate(self, seq: Sequence, hit: PrefixHit) -> None:
+        """Complete the table for all of its tokens: the hit's blocks first, then fresh ones. Must fit."""
+        for block in hit.blocks:  # before any eviction, which could take them
+            if self.ref_counts[block] == 0:
+                del self.evictable[block]
+            self.ref_counts[block] += 1
+        if hit.blocks:
+            seq.block_table.extend(hit.blocks)
+            seq.num_registered = len(hit.blocks)
+            seq.num_computed = len(hit.blocks) * self.block_size
+        for _ in range(seq.num_new_blocks(self.block_size)):
+            seq.block_table.append(self._take_block())
+
+    def announce(self, seq: Sequence) -> None:
+        """Tell waiting sequences which blocks this one, now running, is about to compute."""
+        if self.enable_prefix_cache:
+            self._hash_full_blocks(seq)
+            for block_hash in seq.block_hashes[seq.num_registered : seq.num_to_compute // self.block_size]:
+                self.pending.setdefault(block_hash, seq.id)
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Take back what `announce` said: the sequence no longer runs."""
+        for block_hash in seq.block_hashes[seq.num_registered :]:
+            if self.pending.get(block_hash) == seq.id:
+                del self.pending[block_hash]
+
+    def register_computed(self, seq: Sequence) -> None:
+        """Let others share the blocks that are full and computed. Call only after a step has succeeded."""
+        num_full = seq.num_computed // self.block_size
+        if not self.enable_prefix_cache or seq.num_registered >= num_full:
+            return
+        self._hash_full_blocks(seq)
+        for index in range(seq.num_registered, num_full):
+            block, block_hash = seq.block_table[index], seq.block_hashes[index]
+            if self.pending.get(block_hash) == seq.id:
+                del self.pending[block_hash]
+            if block_hash not in self.cached:  # else another sequence computed the same: ours stays private
+                self.cached[block_hash] = block
+                self.contents[block] = CachedBlock(block_hash, self._parent(seq, index), self._tokens(seq, index))
+        seq.num_registered = num_full
+
+    def forget(self, seq: Sequence) -> None:
+        """Take a sequence's blocks out of the prefix cache (their KV is suspect); those who share them keep them."""
+        for block in seq.block_table:
+            self._unregister(block)
+
+    def release(self, seq: Sequence) -> None:
+        """Give all of a sequence's blocks back. The tail goes first, so that it is evicted before what it hangs on."""
+        self.withdraw(seq)
+        for block in reversed(seq.block_table):
+            self.ref_counts[block] -= 1
+            if self.ref_counts[block] == 0:
+                if self.contents[block] is None:
+                    self.free.append(block)
+                else:
+                    self.evictable[block] = None
+        seq.block_table = []
+        seq.num_computed = seq.num_registered = 0
+
+    def _take_block(self) -> int:
+        if self.free:
+            block = self.free.pop()
+        else:
+            block, _ = self.evictable.popitem(last=False)
+            self._unregister(block)
+        self.ref_counts[block] = 1
+        return block
+
+    def _unregister(self, block: int) -> None:
+        content = self.contents[block]
+        if content is not None:
+            del self.cached[content.hash]
+            self.contents[block] = None
+
+    def _find(self, seq: Sequence, index: int) -> int | None:
+        block_hash = seq.block_hashes[index]
+        block = self.cached.get(block_hash)
+        if block is None or self.contents[block] != CachedBlock(
+            block_hash, self._parent(seq, index), self._tokens(seq, index)
+        ):
+            return None
+        return block
+
+    def _hash_full_blocks(self, seq: Sequence) -> None:
+        for index in range(len(seq.block_hashes), len(seq.tokens) // self.block_size):
+            seq.block_hashes.append(hash_block(self._parent(seq, index), self._tokens(seq, index)))
+
+    def _parent(self, seq: Sequence, index: int) -> bytes:
+        if index:
+            return seq.block_hashes[index - 1]
+        return hashlib.sha256(seq.salt.encode("utf-8", "surrogatepass")).digest()
+
+    def _tokens(self, seq: Sequence, index: int) -> bytes:
+        return array("i", seq.tokens[index * self.block_size : (index + 1) * self.block_size]).tobytes()

@@ -1,0 +1,188 @@
+"""The engine: accepts sequences, runs them step by step, answers each exactly once. Owned by one thread.
+
+`headrace.server`'s engine process and `bench/engine.py` drive it:
+
+    engine.add(request)
+    while engine.has_work():
+        for output in engine.step(): ...
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+from headrace.engine.batch import BatchBuilder
+from headrace.engine.config import EngineConfig
+from headrace.engine.errors import InvalidSequenceError, QueueFullError
+from headrace.engine.integrity import check_integrity
+from headrace.engine.scheduler import ScheduledSequence, Scheduler
+from headrace.engine.sequence import Sequence
+from headrace.engine.types import EngineStats, SequenceOutput, SequenceRequest
+from headrace.kernels.batch import Executor, RowResult
+
+log = logging.getLogger(__name__)
+
+StepResults = list[list[RowResult] | None]
+
+
+class Engine:
+    """Synchronous. Calls other than `step` take effect at once; what they have to say comes with the next step."""
+
+    def __init__(self, executor: Executor, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: seconds; deadlines and arrivals of requests are on it."""
+        self.config = config
+        self._executor = executor
+        self._clock = clock
+        self._scheduler = Scheduler(config)
+        self._batches = BatchBuilder(config)
+        self._num_accepted = 0
+        self._num_steps = 0
+        self._num_step_failures = 0
+
+    def add(self, request: SequenceRequest) -> None:
+        """Accept a sequence. Raises InvalidSequenceError (it could never run) or QueueFullError (not now)."""
+        _validate(request, self.config)
+        if request.id in self._scheduler.live:
+            raise InvalidSequenceError("id", "a sequence with this id is still in the engine")
+        self._check_queue(len(request.prompt))
+        self._scheduler.add(Sequence(request, self._num_accepted, self._clock()))
+        self._num_accepted += 1
+
+    def cancel(self, sequence_id: int) -> None:
+        """End a sequence with reason "cancelled"; its blocks are free at once. Unknown or ended: no change."""
+        seq = self._scheduler.live.get(sequence_id)
+        if seq is not None:
+            self._scheduler.finish(seq, "cancelled", self._clock())
+
+    def set_max_tokens(self, sequence_id: int, max_tokens: int) -> None:
+        """Change the limit of a sequence's output tokens; at or below what it has, it ends with reason "length".
+
+        An unknown or ended id changes nothing. Raises InvalidSequenceError where an add would.
+        """
+        seq = self._scheduler.live.get(sequence_id)
+        if seq is None:
+            return
+        if seq.is_score:
+            raise InvalidSequenceError("score", "a text to score has no max_tokens")
+        _validate_length(len(seq.prompt), max_tokens, self.config)
+        seq.max_tokens = max_tokens
+        if len(seq.outputs) >= max_tokens:
+            self._scheduler.finish(seq, "length", self._clock())
+
+    def park(self, sequence_id: int) -> None:
+        """Do not schedule a sequence until `unpark`: nobody reads what it says. Unknown or parked: no change."""
+        seq = self._scheduler.live.get(sequence_id)
+        if seq is not None:
+            self._scheduler.park(seq)
+
+    def unpark(self, sequence_id: int) -> None:
+        """Let a parked sequence go on. Unknown or not parked: no change."""
+        seq = self._scheduler.live.get(sequence_id)
+        if seq is not None:
+            self._scheduler.unpark(seq)
+
+    def step(self) -> list[SequenceOutput]:
+        """Run one step. At most one output per sequence: what is new since the last step. Never raises for what the
+        executor did: that is charged to the sequences that caused it."""
+        scheduler = self._scheduler
+        now = self._clock()
+        scheduler.expire(now)
+        outputs, scheduler.outputs = scheduler.outputs, []
+        plan = scheduler.schedule(now)
+        if plan.sequences:
+            results = self._execute(plan.sequences)
+            self._num_steps += 1
+            outputs += scheduler.update(plan, results, self._clock())
+        return outputs
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to say now. False with parked sequences only; see `next_deadline`."""
+        return bool(self._scheduler.outputs or self._scheduler.waiting or self._scheduler.running)
+
+    def next_deadline(self) -> float | None:
+        """The earliest deadline of all sequences, parked ones included: call `step` then, whatever `has_work` says."""
+        return min((s.deadline for s in self._scheduler.live.values() if s.deadline is not None), default=None)
+
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+        scheduler = self._scheduler
+        return EngineStats(
+            num_steps=self._num_steps,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_free_blocks=scheduler.blocks.num_free,
+            num_total_blocks=self.config.num_blocks - 1,
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_queries=scheduler.num_prefix_queries,
+            num_prefix_hits=scheduler.num_prefix_hits,
+            num_parked=len(scheduler.parked),
+            num_step_failures=self._num_step_failures,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove that no block is lost or owned twice. Raises AssertionError. Between steps only."""
+        check_integrity(self._scheduler)
+
+    def _check_queue(self, num_tokens: int) -> None:
+        """Everything accepted and not running counts, or parking would let the engine take in more and more."""
+        queued = [*self._scheduler.waiting, *self._scheduler.parked.values()]
+        if len(queued) >= self.config.max_waiting_seqs:
+            raise QueueFullError("sequences", f"{len(queued)} sequences are waiting")
+        num_waiting = sum(len(seq.tokens) for seq in queued)
+        if num_waiting + num_tokens > self.config.max_waiting_tokens:
+            raise QueueFullError("tokens", f"{num_waiting} tokens are waiting")
+
+    def _execute(self, items: Seq[ScheduledSequence]) -> StepResults:
+        """Run items; where the executor raises, run halves, so that only the guilty get None (RELIABILITY: bisect).
+
+        Running a sequence's rows again is harmless: they write the same KV to the same slots, which nobody shares yet.
+        """
+        try:
+            rows = self._executor.execute(self._batches.build(items))
+            if len(rows) != sum(item.num_logits for item in items):
+                raise RuntimeError(f"the executor gave {len(rows)} results")
+        except Exception:
+            self._num_step_failures += 1
+            log.exception("a step of %d sequences failed", len(items))
+            if len(items) == 1:
+                return [None]
+            half = len(items) // 2
+            return self._execute(items[:half]) + self._execute(items[half:])
+        results: StepResults = []
+        begin = 0
+        for item in items:
+            results.append(rows[begin : begin + item.num_logits])
+            begin += item.num_logits
+        return results
+
+
+def _validate(request: SequenceRequest, config: EngineConfig) -> None:
+    """What would make the engine fail later on; ranges of parameters are the front end's business."""
+    params = request.sampling
+    if len(request.prompt) < (2 if request.score else 1):
+        raise InvalidSequenceError("prompt", "the prompt is empty" if not request.score else "scoring needs 2 tokens")
+    _validate_length(len(request.prompt), 0 if request.score else params.max_tokens, config, is_score=request.score)
+    for field, ids in (
+        ("prompt", request.prompt),
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", params.logit_bias),
+    ):
+        if ids and not (min(ids) >= 0 and max(ids) <= config.max_token_id):
+            raise InvalidSequenceError(field, f"{field} has a token id outside the vocabulary")
+
+
+def _validate_length(num_prompt: int, max_tokens: int, config: EngineConfig, is_score: bool = False) -> None:
+    if max_tokens < 1 and not is_score:
+        raise InvalidSequenceError("max_tokens", "max_tokens must be at least 1")
+    limit = config.max_sequence_len
+    if num_prompt + (not is_score) > limit:
+        raise InvalidSequenceError(
+            "prompt", f"the prompt has {num_prompt} tokens, the limit is {limit} with the output"
+        )
+    if num_prompt + max_tokens > limit:
+        raise InvalidSequenceError(
+            "max_tokens", f"{num_prompt} prompt tokens and {max_tokens} max_tokens exceed the limit of {limit}"
+        )
