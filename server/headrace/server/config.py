@@ -1,0 +1,142 @@
+"""Everything that can be set on a server, checked as a whole before anything starts.
+
+The CLI and the tests build a `ServerConfig` and give it to `app.start_server`; nothing else holds settings. All faults of a
+configuration are reported at once. Times are in seconds, sizes in bytes, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Literal
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be served. `problems` holds one sentence per fault."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """One server with one model.
+
+    model: a catalogue name, a path, or `hf://owner/name@revision` (headrace.models.sources).
+    """
+
+    model: str = "smollm2-135m-instruct"
+    model_name: str = ""  # the name clients use; "": made from `model`
+    host: str = "127.0.0.1"
+    port: int = 50051  # 0: any free port
+
+    # Engine. 0 means: chosen from the model and the machine.
+    block_size: int = 16
+    num_blocks: int = 0
+    kv_cache_bytes: int = 0
+    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 64
+    max_model_len: int = 0
+    num_threads: int = 0
+    enable_prefix_cache: bool = True
+
+    # Admission: what may be in the server at once. A request with n > 1 counts n times.
+    max_live_sequences: int = 256
+    max_live_tokens: int = 1 << 20  # prompt + max_tokens, summed
+    max_generations_per_session: int = 64
+    max_conversations_per_session: int = 64
+
+    # Time.
+    default_deadline: float = 600.0  # for calls without one
+    max_deadline: float = 3600.0  # longer ones are cut to it
+    stall_timeout: float = 10.0  # a reader that is this long behind is cut off
+    lame_duck: float = 2.0  # from "health says NOT_SERVING" to "no new calls"
+    drain_deadline: float = 30.0  # then for what runs
+    hang_timeout: float = 30.0  # engine silent for this long: killed
+    max_backoff: float = 10.0  # between engine restarts
+    max_restarts_per_minute: int = 5  # more: the model is FAILED and stays so
+
+    # Buffers.
+    stream_buffer_tokens: int = 256
+    max_receive_bytes: int = 4 << 20
+
+    # Operator's choices.
+    enable_reflection: bool = True
+    enable_channelz: bool = False
+    log_format: Literal["text", "json"] = "text"
+
+    def __post_init__(self) -> None:
+        problems = _problems(self)
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def name(self) -> str:
+        """The model's name in requests and in health."""
+        if self.model_name:
+            return self.model_name
+        last = self.model.rstrip("/").rsplit("/", 1)[-1].split("@", 1)[0]
+        return re.sub(r"[^A-Za-z0-9._-]", "-", last.removesuffix(".gguf")).lstrip(".-_") or "model"
+
+
+# Name, least, most (both included).
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("port", 0, 65535),
+    ("block_size", 1, 256),
+    ("num_blocks", 0, 1 << 24),
+    ("kv_cache_bytes", 0, 1 << 44),
+    ("max_num_batched_tokens", 1, 65536),
+    ("max_num_seqs", 1, 4096),
+    ("max_model_len", 0, 1 << 20),
+    ("num_threads", 0, 1024),
+    ("max_live_sequences", 1, 65536),
+    ("max_live_tokens", 1, 1 << 40),
+    ("max_generations_per_session", 1, 4096),
+    ("max_conversations_per_session", 1, 4096),
+    ("default_deadline", 0.001, 86400 * 7),
+    ("max_deadline", 0.001, 86400 * 7),
+    ("stall_timeout", 0.01, 3600),
+    ("lame_duck", 0, 600),
+    ("drain_deadline", 0, 86400),
+    ("hang_timeout", 0.1, 3600),
+    ("max_backoff", 0.1, 3600),
+    ("max_restarts_per_minute", 0, 1000),
+    ("stream_buffer_tokens", 2, 1 << 20),
+    ("max_receive_bytes", 1024, 64 << 20),
+)
+_TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
+
+
+def _problems(config: ServerConfig) -> list[str]:
+    problems = _type_problems(config)
+    if problems:
+        return problems
+    for name, least, most in _RANGES:
+        value = getattr(config, name)
+        if not least <= value <= most:
+            problems.append(f"{name} must be from {least:g} to {most:g}, not {value:g}")
+    if not config.model:
+        problems.append("model must not be empty")
+    if config.model_name and not MODEL_NAME.fullmatch(config.model_name):
+        problems.append("model_name must be 1 to 128 letters, digits or ._:/@- and begin with a letter or digit")
+    if not config.host:
+        problems.append("host must not be empty")
+    if config.log_format not in ("text", "json"):
+        problems.append("log_format must be text or json")
+    if config.default_deadline > config.max_deadline:
+        problems.append("default_deadline must not be over max_deadline")
+    return problems
+
+
+def _type_problems(config: ServerConfig) -> list[str]:
+    problems = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        wanted = _TYPES.get(str(field.type), str)
+        is_bool_elsewhere = isinstance(value, bool) and wanted is not bool
+        if not isinstance(value, wanted) or is_bool_elsewhere:  # type: ignore[arg-type]
+            problems.append(f"{field.name} must be of type {field.type}")
+    return problems
