@@ -47,6 +47,7 @@ class StepBatch:
     """One step. T rows (tokens) of B sequences, S of whose logits are wanted.
 
     Rows of a sequence are adjacent and in order. Slot s of a layer is position s % block_size of block s // block_size.
+    The arrays are the engine's own and are used again for the next step: read them before `execute` returns.
     """
 
     token_ids: I32  # [T]
@@ -85,8 +86,4 @@ class Executor(Protocol):
 
     def execute(self, batch: StepBatch) -> list[RowResult]:
         """Run one step; one result per row of batch.logit_rows."""
-        ...
-
-    def copy_block(self, source: int, destination: int) -> None:
-        """Copy all layers' KV of one block (copy on write)."""
         ...
