@@ -1,14 +1,86 @@
-# Everything a newcomer types. `make serve` on a fresh machine sets itself up first; a second run is quick.
+# Everything a newcomer types. Each target first sets up what it needs; a second run of any of them is quick.
+#
+#   make serve ARGS="--port 8001"     ARGS goes to the command behind serve, demo, test and bench
+#   make setup PYTHON=python3.12      another interpreter (3.10 or newer)
+#   make setup TORCH=torch            another build of torch; where the index offers a CPU build, name that one
 PYTHON ?= python3
 VENV   ?= .venv
-BIN    := $(VENV)/bin
-# torch's CPU build where the index offers one; TORCH=torch takes whatever is newest (a CUDA build on Linux).
 TORCH  ?= torch==2.13.0
+ARGS   ?=
+BIN    := $(VENV)/bin
 
-.PHONY: protos
-protos: $(VENV)/.installed
+# Stamps: what is needed to serve, and what is needed to test and check. Both age with pyproject.toml.
+RUNTIME := $(VENV)/.runtime
+DEV     := $(VENV)/.dev
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve demo test check lint types bench protos docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(RUNTIME) ## virtual environment, dependencies, default model
+	@$(BIN)/headrace pull
+
+serve: $(RUNTIME) ## serve the default model on 127.0.0.1:50051
+	@$(BIN)/headrace serve $(ARGS)
+
+demo: $(RUNTIME) ## start a server, stream one chat answer, print speed, stop
+	@$(BIN)/headrace demo $(ARGS)
+
+test: $(DEV) ## run the tests
+	@$(BIN)/headrace pull
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types protos docs ## formats, lints, types, floors, contract, generated files
+	$(BIN)/buf lint
+	@tag=$$(git describe --tags --abbrev=0 2>/dev/null) || tag=; \
+	if [ -n "$$tag" ]; then set -x; $(BIN)/buf breaking --against ".git#tag=$$tag"; \
+	else echo "buf breaking: no release yet to compare with"; fi
+	git diff --exit-code -- protos docs/API.md
+
+lint: $(DEV)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+
+types: $(DEV)
+	$(BIN)/mypy
+
+bench: $(DEV) ## print the benches: the engine alone, over gRPC, and their ratio
+	@$(BIN)/headrace pull
+	$(BIN)/python bench/overhead.py $(ARGS)
+
+protos: $(DEV) ## generate the code of protos/
 	rm -f protos/headrace/v1/*_pb2*.py*
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=protos --grpc_python_out=protos \
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		--mypy_out=quiet:protos --mypy_grpc_out=quiet:protos \
 		protos/headrace/v1/inference.proto protos/headrace/v1/models.proto
+
+docs: $(DEV) ## generate docs/API.md
+	$(BIN)/python docs/generate_api.py
+
+clean: ## remove caches and builds, but not the virtual environment
+	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find protos server kernels clients tests bench -name __pycache__ -type d -exec rm -rf {} +
+
+# `python -m pip` everywhere: a virtual environment that was moved has broken pip scripts, but a working python.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "$(PYTHON) is missing. On Debian or Ubuntu: apt install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "$$($(PYTHON) --version) is too old: Headrace needs Python 3.10 or newer."; \
+		echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "Python's venv module is missing. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+
+$(RUNTIME): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install '$(TORCH)' --editable '.[server]'
+	@touch $@
+
+$(DEV): pyproject.toml $(RUNTIME)
+	$(BIN)/python -m pip install --group dev
+	@touch $@
