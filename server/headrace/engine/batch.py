@@ -90,7 +90,10 @@ def row_sampling(seq: Sequence, position: int) -> RowSampling:
     params = seq.sampling
     if seq.is_score:
         return RowSampling(
-            target=seq.tokens[position + 1], position=position + 1, num_logprobs=max(0, params.num_logprobs)
+            target=seq.tokens[position + 1],
+            seed=params.seed,
+            position=position + 1,
+            num_logprobs=max(0, params.num_logprobs),
         )
     has_repetition = params.repetition_penalty != 1.0
     has_penalty = has_repetition or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0

@@ -15,18 +15,9 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from headrace.engine.sequence import Sequence
+from headrace.engine.sequence import BlockContent, Sequence
 
 NULL_BLOCK = 0
-
-
-@dataclass(frozen=True)
-class CachedBlock:
-    """What a registered block holds: enough to tell a true hit from a hash collision."""
-
-    hash: bytes
-    parent: bytes
-    tokens: bytes  # token ids as native int32
 
 
 @dataclass(frozen=True)
@@ -44,11 +35,6 @@ class PrefixHit:
 NO_HIT = PrefixHit((), 0, False)
 
 
-def hash_block(parent: bytes, tokens: bytes) -> bytes:
-    """Chained hash of a full block, 32 bytes."""
-    return hashlib.sha256(parent + tokens).digest()
-
-
 class BlockManager:
     """Blocks 1 .. num_blocks - 1 of `block_size` tokens."""
 
@@ -60,7 +46,7 @@ class BlockManager:
         self.free = list(range(num_blocks - 1, NULL_BLOCK, -1))  # a stack; low numbers first
         self.evictable: OrderedDict[int, None] = OrderedDict()  # least recently released first
         self.cached: dict[bytes, int] = {}
-        self.contents: list[CachedBlock | None] = [None] * num_blocks
+        self.contents: list[BlockContent | None] = [None] * num_blocks
         self.pending: dict[bytes, int] = {}  # block hash -> id of the running sequence that will compute it
 
     @property
@@ -76,11 +62,10 @@ class BlockManager:
         blocks: list[int] = []
         num_evictable = 0
         is_pending = False
-        self._hash_full_blocks(seq)
-        for index in range((len(seq.tokens) - 1) // self.block_size):
-            block = self._find(seq, index)
-            if block is None:
-                is_pending = seq.block_hashes[index] in self.pending
+        for content in self._full_blocks(seq)[: (len(seq.tokens) - 1) // self.block_size]:
+            block = self.cached.get(content.hash)
+            if block is None or self.contents[block] != content:
+                is_pending = content.hash in self.pending
                 break
             blocks.append(block)
             num_evictable += self.ref_counts[block] == 0
@@ -106,29 +91,26 @@ class BlockManager:
     def announce(self, seq: Sequence) -> None:
         """Tell waiting sequences which blocks this one, now running, is about to compute."""
         if self.enable_prefix_cache:
-            self._hash_full_blocks(seq)
-            for block_hash in seq.block_hashes[seq.num_registered : seq.num_to_compute // self.block_size]:
-                self.pending.setdefault(block_hash, seq.id)
+            for content in self._full_blocks(seq)[seq.num_registered : seq.num_to_compute // self.block_size]:
+                self.pending.setdefault(content.hash, seq.id)
 
     def withdraw(self, seq: Sequence) -> None:
         """Take back what `announce` said: the sequence no longer runs."""
-        for block_hash in seq.block_hashes[seq.num_registered :]:
-            if self.pending.get(block_hash) == seq.id:
-                del self.pending[block_hash]
+        for content in seq.full_blocks[seq.num_registered :]:
+            self._settle(content, seq)
 
     def register_computed(self, seq: Sequence) -> None:
         """Let others share the blocks that are full and computed. Call only after a step has succeeded."""
         num_full = seq.num_computed // self.block_size
         if not self.enable_prefix_cache or seq.num_registered >= num_full:
             return
-        self._hash_full_blocks(seq)
+        contents = self._full_blocks(seq)
         for index in range(seq.num_registered, num_full):
-            block, block_hash = seq.block_table[index], seq.block_hashes[index]
-            if self.pending.get(block_hash) == seq.id:
-                del self.pending[block_hash]
-            if block_hash not in self.cached:  # else another sequence computed the same: ours stays private
-                self.cached[block_hash] = block
-                self.contents[block] = CachedBlock(block_hash, self._parent(seq, index), self._tokens(seq, index))
+            content, block = contents[index], seq.block_table[index]
+            self._settle(content, seq)
+            if content.hash not in self.cached:  # else another sequence computed the same: ours stays private
+                self.cached[content.hash] = block
+                self.contents[block] = content
         seq.num_registered = num_full
 
     def forget(self, seq: Sequence) -> None:
@@ -164,23 +146,25 @@ class BlockManager:
             del self.cached[content.hash]
             self.contents[block] = None
 
-    def _find(self, seq: Sequence, index: int) -> int | None:
-        block_hash = seq.block_hashes[index]
-        block = self.cached.get(block_hash)
-        if block is None or self.contents[block] != CachedBlock(
-            block_hash, self._parent(seq, index), self._tokens(seq, index)
-        ):
-            return None
-        return block
+    def _settle(self, content: BlockContent, seq: Sequence) -> None:
+        if self.pending.get(content.hash) == seq.id:
+            del self.pending[content.hash]
 
-    def _hash_full_blocks(self, seq: Sequence) -> None:
-        for index in range(len(seq.block_hashes), len(seq.tokens) // self.block_size):
-            seq.block_hashes.append(hash_block(self._parent(seq, index), self._tokens(seq, index)))
+    def _full_blocks(self, seq: Sequence) -> list[BlockContent]:
+        """The contents of all full blocks of a sequence; each is hashed once in its life."""
+        size, contents = self.block_size, seq.full_blocks
+        for index in range(len(contents), len(seq.tokens) // size):
+            parent = contents[-1].hash if contents else hash_salt(seq.salt)
+            tokens = array("i", seq.tokens[index * size : (index + 1) * size]).tobytes()
+            contents.append(BlockContent(hash_block(parent, tokens), parent, tokens))
+        return contents
 
-    def _parent(self, seq: Sequence, index: int) -> bytes:
-        if index:
-            return seq.block_hashes[index - 1]
-        return hashlib.sha256(seq.salt.encode("utf-8", "surrogatepass")).digest()
 
-    def _tokens(self, seq: Sequence, index: int) -> bytes:
-        return array("i", seq.tokens[index * self.block_size : (index + 1) * self.block_size]).tobytes()
+def hash_salt(salt: str) -> bytes:
+    """Root of the chain, 32 bytes: blocks of different salts never have equal parents."""
+    return hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()
+
+
+def hash_block(parent: bytes, tokens: bytes) -> bytes:
+    """Chained hash of a full block, 32 bytes."""
+    return hashlib.sha256(parent + tokens).digest()

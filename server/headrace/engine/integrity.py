@@ -50,7 +50,7 @@ def _check_sequence(seq: Sequence, scheduler: Scheduler) -> None:
     assert len(seq.tokens) == len(seq.prompt) + len(seq.outputs), f"sequence {seq.id} lost tokens"
     assert len(seq.outputs) < seq.max_tokens or seq.is_score, f"sequence {seq.id} should have finished"
     assert seq.num_computed <= seq.num_to_compute, f"sequence {seq.id} computed tokens that it does not have"
-    assert len(seq.block_hashes) <= len(seq.tokens) // size, f"sequence {seq.id} has hashes of blocks that are not full"
+    assert len(seq.full_blocks) <= len(seq.tokens) // size, f"sequence {seq.id} has hashed blocks that are not full"
     assert seq.num_registered <= seq.num_computed // size, (
         f"sequence {seq.id} registered a block before it was computed"
     )
@@ -114,4 +114,5 @@ def _check_cache(scheduler: Scheduler) -> None:
     for block_hash, sequence_id in blocks.pending.items():
         owner = running.get(sequence_id)
         assert owner is not None, "a block is pending of a sequence that does not run"
-        assert block_hash in owner.block_hashes[owner.num_registered :], "a block is pending that is settled"
+        unsettled = {content.hash for content in owner.full_blocks[owner.num_registered :]}
+        assert block_hash in unsettled, "a block is pending that is settled"

@@ -174,8 +174,9 @@ class Scheduler:
         self.blocks.allocate(seq, hit)
         if seq.first_scheduled_at is None and not seq.is_score:
             seq.num_cached_tokens = seq.num_computed
-            self.num_prefix_queries += len(seq.tokens)
-            self.num_prefix_hits += seq.num_computed
+            if self.config.enable_prefix_cache:
+                self.num_prefix_queries += len(seq.tokens)
+                self.num_prefix_hits += seq.num_computed
         return True
 
     def _grow(self, seq: Sequence) -> bool:
@@ -204,8 +205,8 @@ class Scheduler:
         """Take all blocks of a sequence; what it has delivered stays, its KV will be computed again."""
         self.blocks.release(seq)
         self.idle_holders.pop(seq.id, None)
+        seq.progress_at_preemption = seq.progress
         if seq.status is Status.RUNNING:
-            seq.progress_at_preemption = seq.progress
             self.running.remove(seq)
             seq.status = Status.WAITING
             insort(self.waiting, seq, key=_order)

@@ -6,6 +6,7 @@ sequence that lost its blocks differ only in how far apart the two are.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum, auto
 
 from headrace.engine.types import FinishOutput, FinishReason, SequenceRequest
@@ -18,15 +19,24 @@ class Status(Enum):
     FINISHED = auto()
 
 
+@dataclass(frozen=True)
+class BlockContent:
+    """What a full block of KV was computed from: enough to tell a true cache hit from a hash collision."""
+
+    hash: bytes  # of this block and all before it
+    parent: bytes  # hash of the block before it; of the salt for the first
+    tokens: bytes  # token ids as native int32
+
+
 class Sequence:
     """Mutable state of one accepted request. Only the scheduler and the block manager write to it."""
 
     __slots__ = (
-        "block_hashes",
         "block_table",
         "deadline",
         "first_scheduled_at",
         "first_token_at",
+        "full_blocks",
         "id",
         "is_score",
         "logit_bias",
@@ -63,7 +73,7 @@ class Sequence:
         self.num_computed = 0  # leading tokens whose KV is in the blocks
         self.num_scored = 0  # leading positions whose next token has been scored
         self.block_table: list[int] = []  # grows by append; `BlockManager.release` puts a new list in its place
-        self.block_hashes: list[bytes] = []  # chained hash per full block of `tokens`, as far as needed so far
+        self.full_blocks: list[BlockContent] = []  # of `tokens`, as far as anybody has asked
         self.num_registered = 0  # leading blocks that are settled with the prefix cache
         self.progress_at_preemption = -1  # `progress` when its blocks were last taken; -1: it may be preempted
 
