@@ -1,7 +1,7 @@
 """Fetches `hf://owner/name` through huggingface_hub, into the cache that all Hugging Face programs share.
 
-Called by `sources.py`. Only what is read is fetched: JSON, tokenizer files, safetensors, or one GGUF file; never pickled
-weights, never Python code. HF_ENDPOINT, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE mean what they always mean.
+Called by `sources.py`. Only what is read is fetched: JSON, tokenizer files, safetensors, or one GGUF file; never
+pickled weights, never Python code. HF_ENDPOINT, HF_HUB_CACHE, HF_TOKEN and HF_HUB_OFFLINE mean what they always mean.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ def choose(spec: str, names: Sequence[str], file: str | None) -> list[str]:
 def _download(wanted: HubSpec, on_progress: OnProgress) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import errors
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    hub.utils.disable_progress_bars()  # the caller draws its own
+    disable_progress_bars()  # the caller draws its own
     endpoint, cache = os.environ.get("HF_ENDPOINT") or None, cache_directory()
     spec = f"hf://{wanted.repository}"
     try:
