@@ -1,0 +1,79 @@
+"""A small SentencePiece-like vocabulary for `record_llama_cpp.py`, laid out as Llama 2's is.
+
+Ids: unknown, start, end; 256 bytes; learnt pieces, best score first; single characters last.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+_PIECES = 500
+# Runs tempt a tokenizer to merge from the wrong side; "</" and "s>" are what llama.cpp joins into the end token.
+_EXTRA = ["▁▁", "▁▁▁▁", "▁▁▁▁▁▁▁▁", "▁▁▁", "--", "---", "----", "aa", "aaa", "aaaa", "ha", "haha", "ah", "</", "s>"]
+
+
+@dataclass(frozen=True)
+class SentencePieceVocabulary:
+    texts: list[str]
+    scores: list[float]
+    types: list[int]
+
+
+def train_vocabulary(text: str) -> SentencePieceVocabulary:
+    """Byte-pair training on `text`, ranks as scores, with some pieces that make ties and traps."""
+    words = Counter("▁" + word for word in text.replace("\n", " ").split(" ") if word)
+    split = {word: list(word) for word in words}
+    learnt: list[str] = []
+    while len(learnt) < _PIECES:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in split.items():
+            for pair in zip(parts, parts[1:], strict=False):
+                pairs[pair] += words[word]
+        (left, right), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
+        learnt.append(left + right)
+        for word, parts in split.items():
+            split[word] = _merge(parts, left, right)
+    pieces = list(dict.fromkeys([*learnt[:40], *_EXTRA, *learnt[40:]]))
+    characters = sorted({*"".join(words), *"".join(pieces), "\n", "="} - set(pieces))
+    special = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)]
+    byte_tokens = [(f"<0x{value:02X}>", BYTE) for value in range(256)]
+    ranked = [(piece, NORMAL) for piece in (*pieces, *characters)]
+    tokens = [*special, *byte_tokens, *ranked, ("<tool>", USER_DEFINED)]
+    scores = [0.0] * 259 + [-float(rank) for rank in range(len(ranked))] + [0.0]
+    return SentencePieceVocabulary([text for text, _ in tokens], scores, [kind for _, kind in tokens])
+
+
+def write_vocabulary(path: Path, vocabulary: SentencePieceVocabulary, has_space_prefix: bool) -> None:
+    """A GGUF file that llama.cpp opens with `vocab_only`."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(512)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(vocabulary.texts)
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types(vocabulary.types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_space_prefix(has_space_prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _merge(parts: list[str], left: str, right: str) -> list[str]:
+    merged: list[str] = []
+    for part in parts:
+        if merged and merged[-1] == left and part == right:
+            merged[-1] = left + right
+        else:
+            merged.append(part)
+    return merged
