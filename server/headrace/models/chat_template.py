@@ -8,7 +8,8 @@ bound the template and its output. What they cannot bound is one step that takes
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -44,14 +45,17 @@ class ChatTemplate:
         self._max_output_chars = max_output_chars
         self._compiled: jinja2.Template | None = None
 
+    def compile(self) -> None:
+        """Compiles it now rather than in the first render. Raises TemplateError."""
+        with _template_errors():
+            self._compile()
+
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        """The prompt. Raises MessagesRefusedError or TemplateError, with texts that quote nothing of the caller's."""
-        try:
-            if self._compiled is None:
-                self._compiled = _ENVIRONMENT.from_string(self.source)
+        """The prompt. Raises MessagesRefusedError or TemplateError; only the former's text comes from the template."""
+        with _template_errors():
             pieces: list[str] = []
             room = self._max_output_chars
-            for piece in self._compiled.generate(
+            for piece in self._compile().generate(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos_token,
@@ -62,20 +66,32 @@ class ChatTemplate:
                 pieces.append(piece)
                 room -= len(piece)
                 if room < 0:
-                    raise TemplateError(
-                        f"the chat template's output is longer than {self._max_output_chars} characters"
-                    )
-            return "".join(pieces)
-        except TemplateError:
-            raise
-        except MemoryError:
-            raise TemplateError("the chat template ran out of memory") from None
-        except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno})") from error
-        except jinja2.exceptions.SecurityError as error:
-            raise TemplateError("the chat template did something that is not allowed") from error
-        except Exception as error:  # a template can raise anything: undefined names, division by zero, recursion …
-            raise TemplateError(f"the chat template failed ({type(error).__name__})") from error
+                    raise TemplateError(f"the chat template writes more than {self._max_output_chars} characters")
+            text = "".join(pieces)
+            text.encode()  # a template can write a lone surrogate, which no later stage could take
+            return text
+
+    def _compile(self) -> jinja2.Template:
+        if self._compiled is None:
+            self._compiled = _ENVIRONMENT.from_string(self.source)
+        return self._compiled
+
+
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    """Whatever a template raises becomes a TemplateError whose text quotes neither messages nor template."""
+    try:
+        yield
+    except TemplateError:
+        raise
+    except MemoryError:
+        raise TemplateError("the chat template ran out of memory") from None
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"the chat template is not valid Jinja (line {error.lineno})") from error
+    except jinja2.exceptions.SecurityError as error:
+        raise TemplateError("the chat template did something that is not allowed") from error
+    except Exception as error:  # a template can raise anything: undefined names, division by zero, recursion …
+        raise TemplateError(f"the chat template failed ({type(error).__name__})") from error
 
 
 def _refuse(reason: object) -> str:
@@ -109,10 +125,14 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    # Jinja evaluates what is constant while it compiles, but not the operators named here: 9 ** 9 ** 9 would hold up
+    # the compiler. At run time they work as always.
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _strftime_now
