@@ -1,0 +1,213 @@
+"""The engine under random use (machine.py), and proof that the machine would notice: each planted fault turns it red.
+
+`HEADRACE_HYPOTHESIS=ci pytest tests/engine` runs 2,000 examples of 100 rules each.
+"""
+
+from __future__ import annotations
+
+import pytest
+from headrace.engine import block_manager
+from headrace.engine.block_manager import BlockManager, PrefixHit
+from headrace.engine.scheduler import StepPlan
+from headrace.engine.sequence import BlockContent, Sequence, Status
+from headrace.engine.types import FinishReason
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.engine.machine import EngineMachine, WatchedScheduler
+
+TestEngine = EngineMachine.TestCase
+TestEngine.pytestmark = [pytest.mark.timeout(600)]
+
+
+class ForgetsOneFree(BlockManager):
+    def release(self, seq: Sequence) -> None:
+        del seq.block_table[-1:]
+        super().release(seq)
+
+
+class FreesTwice(BlockManager):
+    def release(self, seq: Sequence) -> None:
+        self.free.extend(seq.block_table[-1:])
+        super().release(seq)
+
+
+class HandsOutOwnedBlock(BlockManager):
+    def _take_block(self) -> int:
+        block = super()._take_block()
+        if len(self.free) % 5 == 4:
+            self.free.append(block)
+        return block
+
+
+class HandsOutNullBlock(BlockManager):
+    def _take_block(self) -> int:
+        return super()._take_block() if self.free else block_manager.NULL_BLOCK
+
+
+class EvictsSharedBlock(BlockManager):
+    """A hit does not count as a reference."""
+
+    def allocate(self, seq: Sequence, hit: PrefixHit) -> None:
+        super().allocate(seq, hit)
+        for block in hit.blocks:
+            self.ref_counts[block] = 1
+
+
+class IgnoresSalt(BlockManager):
+    def _full_blocks(self, seq: Sequence) -> list[BlockContent]:
+        salt, seq.salt = seq.salt, ""
+        contents = super()._full_blocks(seq)
+        seq.salt = salt
+        return contents
+
+
+class IgnoresParent(BlockManager):
+    """Equal tokens are a hit, whatever stands before them."""
+
+    def _full_blocks(self, seq: Sequence) -> list[BlockContent]:
+        super()._full_blocks(seq)
+        root = block_manager.hash_salt(seq.salt)
+        seq.full_blocks = [
+            BlockContent(block_manager.hash_block(root, content.tokens), root, content.tokens)
+            for content in seq.full_blocks
+        ]
+        return seq.full_blocks
+
+
+class HitsWholePrompt(BlockManager):
+    """Leaves no token to compute."""
+
+    def lookup(self, seq: Sequence) -> PrefixHit:
+        seq.tokens.append(0)
+        try:
+            return super().lookup(seq)
+        finally:
+            seq.tokens.pop()
+
+
+class KeepsComputedCount(BlockManager):
+    """Preemption forgets that the KV is gone."""
+
+    def release(self, seq: Sequence) -> None:
+        num_computed = seq.num_computed
+        super().release(seq)
+        seq.num_computed = num_computed
+
+
+class KeepsNanBlocks(BlockManager):
+    def forget(self, seq: Sequence) -> None:
+        pass
+
+
+class RegistersBeforeSuccess(WatchedScheduler):
+    def schedule(self, now: float) -> StepPlan:
+        plan = super().schedule(now)
+        for item in plan.sequences:
+            item.seq.num_computed += item.num_tokens
+            self.blocks.register_computed(item.seq)
+            item.seq.num_computed -= item.num_tokens
+        return plan
+
+
+class AnswersTwice(WatchedScheduler):
+    def finish(self, seq: Sequence, reason: FinishReason, now: float) -> None:
+        super().finish(seq, reason, now)
+        self.outputs.append(self.outputs[-1])
+
+
+class NeverAnswersCancelled(WatchedScheduler):
+    def finish(self, seq: Sequence, reason: FinishReason, now: float) -> None:
+        super().finish(seq, reason, now)
+        if reason == "cancelled":
+            self.outputs.pop()
+
+
+class SchedulesExpired(WatchedScheduler):
+    def expire(self, now: float) -> None:
+        pass
+
+
+class SchedulesParked(WatchedScheduler):
+    def schedule(self, now: float) -> StepPlan:
+        for seq in list(self.parked.values()):
+            self.unpark(seq)
+        return super().schedule(now)
+
+
+class Thrashes(WatchedScheduler):
+    """Preempts whoever is youngest, progress or not."""
+
+    def _victim(self, seq: Sequence) -> Sequence | None:
+        return self.running[-1] if self.running[-1] is not seq else super()._victim(seq)
+
+
+class ServesLastComeFirst(WatchedScheduler):
+    def add(self, seq: Sequence) -> None:
+        self.live[seq.id] = seq
+        self.waiting.insert(0, seq)
+
+
+class ForgetsParked(WatchedScheduler):
+    """Unparking leaves a sequence in nobody's queue."""
+
+    def unpark(self, seq: Sequence) -> None:
+        super().unpark(seq)
+        if seq.status is Status.WAITING and seq.block_table:
+            self.waiting.remove(seq)
+
+
+class LosesTokens(WatchedScheduler):
+    """Preemption throws outputs away and makes them again."""
+
+    def _preempt(self, seq: Sequence) -> None:
+        super()._preempt(seq)
+        del seq.tokens[len(seq.prompt) :], seq.outputs[:], seq.full_blocks[:]
+
+
+class RunsTooMany(WatchedScheduler):
+    def schedule(self, now: float) -> StepPlan:
+        object.__setattr__(self.config, "max_num_seqs", self.config.max_num_seqs + 1)
+        try:
+            return super().schedule(now)
+        finally:
+            object.__setattr__(self.config, "max_num_seqs", self.config.max_num_seqs - 1)
+
+
+FAULTS = [
+    ForgetsOneFree,
+    FreesTwice,
+    HandsOutOwnedBlock,
+    HandsOutNullBlock,
+    EvictsSharedBlock,
+    IgnoresSalt,
+    IgnoresParent,
+    HitsWholePrompt,
+    KeepsComputedCount,
+    KeepsNanBlocks,
+    RegistersBeforeSuccess,
+    AnswersTwice,
+    NeverAnswersCancelled,
+    SchedulesExpired,
+    SchedulesParked,
+    Thrashes,
+    ServesLastComeFirst,
+    ForgetsParked,
+    LosesTokens,
+    RunsTooMany,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_the_machine_finds_planted_faults(fault: type[BlockManager] | type[WatchedScheduler]) -> None:
+    class Faulty(EngineMachine):
+        if issubclass(fault, BlockManager):
+            blocks_class = fault
+        else:
+            scheduler_class = fault
+
+    search = settings(
+        max_examples=1000, stateful_step_count=50, phases=[Phase.generate], derandomize=True, print_blob=False
+    )
+    with pytest.raises(Exception):  # noqa: B017, PT011  an invariant, or whatever the fault breaks first
+        run_state_machine_as_test(Faulty, settings=search)
