@@ -115,10 +115,12 @@ def _download(wanted: HubSpec, on_progress: OnProgress) -> Path:
         )
     except (errors.HfHubHTTPError, errors.HFValidationError):
         raise
-    except Exception:  # no network: what the cache holds will do, if it is complete
+    except Exception:  # no network: what the cache holds will do
+        # The library would call a snapshot incomplete for lack of the files that `choose` left out, so it is asked for
+        # none; the loaders name what is missing.
         return Path(
             hub.snapshot_download(
-                wanted.repository, revision=wanted.revision, cache_dir=cache, local_files_only=True, allow_patterns="*"
+                wanted.repository, revision=wanted.revision, cache_dir=cache, local_files_only=True, allow_patterns=[]
             )
         )
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
