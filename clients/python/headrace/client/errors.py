@@ -55,7 +55,8 @@ class HeadraceError(Exception):
 
     def _sentence(self) -> str:
         parts = [f"{self.code.name}{f' ({self.reason})' if self.reason else ''}: {self.message}"]
-        parts += [f"{violation.field}: {violation.description}" for violation in self.fields]
+        # The server's sentence names the first refused field already.
+        parts += [f"{v.field}: {v.description}" for v in self.fields if v.field not in self.message]
         if self.retry_after is not None:
             parts.append(f"retry after {self.retry_after:g} s")
         return "; ".join(parts)

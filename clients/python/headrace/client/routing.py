@@ -84,6 +84,11 @@ class SessionRouter:
             return generation_id in self._routes
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the stream is over."""
+        return self._ended is not None
+
+    @property
     def num_running(self) -> int:
         """Generations whose end has not been seen yet."""
         with self._lock:

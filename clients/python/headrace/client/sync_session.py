@@ -157,6 +157,11 @@ class Session:
             raise answer
         return answer
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the stream is over, by whichever side; then nothing more can be started on it."""
+        return self._router.has_ended
+
     def drain(self) -> None:
         """Says that no command follows: what runs goes on to its end and can still be iterated."""
         self._commands.put(None)
