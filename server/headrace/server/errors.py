@@ -6,6 +6,7 @@ are fixed here; no exception text, path, address or value of another caller can 
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 
 import grpc
@@ -48,7 +49,9 @@ REQUEST_TOO_LARGE = ErrorKind(
     "REQUEST_TOO_LARGE", _C.INVALID_ARGUMENT, "The request alone needs more than this server ever holds at once."
 )
 SLOW_READER = ErrorKind("SLOW_READER", _C.RESOURCE_EXHAUSTED, "The stream was not read for too long.")
-TIME_LIMIT = ErrorKind("TIME_LIMIT", _C.RESOURCE_EXHAUSTED, "The server's limit on the time of one request was reached.")
+TIME_LIMIT = ErrorKind(
+    "TIME_LIMIT", _C.RESOURCE_EXHAUSTED, "The server's limit on the time of one request was reached."
+)
 SESSION_FULL = ErrorKind("SESSION_FULL", _C.RESOURCE_EXHAUSTED, "This session holds as much as a session may.")
 GENERATION_EXISTS = ErrorKind("GENERATION_EXISTS", _C.ALREADY_EXISTS, "The generation_id is in use on this stream.")
 GENERATION_NOT_FOUND = ErrorKind("GENERATION_NOT_FOUND", _C.NOT_FOUND, "No generation of that id runs on this stream.")
@@ -164,3 +167,8 @@ class InternalError(ServerError):
 
     def __init__(self, incident: str) -> None:
         super().__init__(INTERNAL, incident=incident)
+
+
+def new_incident() -> InternalError:
+    """An InternalError with a fresh id; the caller logs what happened under `.incident`."""
+    return InternalError(secrets.token_hex(6))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Generic, TypeVar
 
 import msgspec
-
 from headrace.engine.types import EngineStats, SequenceOutput, SequenceRequest
 
 # The largest frames: a prompt of a 1 M-token context (5 bytes an id), or a step of 4,096 scored rows with 20 alternatives each.
@@ -35,8 +34,8 @@ class Load(msgspec.Struct, frozen=True, tag="load", forbid_unknown_fields=True):
     max_num_batched_tokens: int
     max_num_seqs: int
     max_model_len: int
-    max_waiting_seqs: int
-    max_waiting_tokens: int
+    max_live_sequences: int
+    max_live_tokens: int
     num_threads: int
     enable_prefix_cache: bool
 

@@ -1,0 +1,212 @@
+"""Puts the server together, runs it, and takes it down in order.
+
+`start_server` is for tests and embedders, `serve_forever` for the CLI. Shutting down: health says NOT_SERVING at once, new
+calls are taken for a lame-duck time (load balancers need it to notice), then the listener closes, what runs may finish within
+the drain deadline, the engine exits. A second signal skips the waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import grpc
+from headrace.server import descriptors, telemetry
+from headrace.server.admission import Admission
+from headrace.server.config import ServerConfig
+from headrace.server.health import Health
+from headrace.server.inference import InferenceService
+from headrace.server.model_host import ModelHost
+from headrace.server.models_service import ModelService
+from headrace.server.reflection import Reflection
+from headrace.server.rpc import Policy, service_handler
+from headrace.server.session import SessionService
+from headrace.server.starter import Starter
+from headrace.server.supervisor import ENGINE_COMMAND
+from headrace.v1 import inference_pb2, models_pb2
+
+log = logging.getLogger("headrace.server")
+
+_NO_LIMIT = 10.0 * 365 * 86400  # seconds: probes and reflection streams end when their client ends them
+
+
+class ServerFailedError(Exception):
+    """The model cannot be served. The message is for the operator."""
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that listens; its model may still be loading."""
+
+    port: int
+    config: ServerConfig
+    host: ModelHost
+    admission: Admission
+    health: Health
+    _changed: list[asyncio.Event]
+    _server: grpc.aio.Server
+
+    @property
+    def address(self) -> str:
+        """host:port, for a channel."""
+        name = self.config.host
+        return f"[{name}]:{self.port}" if ":" in name else f"{name}:{self.port}"
+
+    async def wait_ready(self) -> None:
+        """Until the model answers. Raises ServerFailedError where it never will."""
+        while self.host.state != "ready":
+            if self.host.state == "failed":
+                raise ServerFailedError(self.host.failure or "the engine cannot run the model")
+            await self.changed()
+
+    async def changed(self) -> None:
+        """Until the model's state or progress changes next."""
+        await self._changed[0].wait()
+
+    async def drain(self, hurry: asyncio.Event | None = None) -> None:
+        """Stop serving in order; returns when no call is left. `hurry`: set it to skip the waiting."""
+        hurry = hurry or asyncio.Event()
+        self.host.drain()
+        await _wait(hurry, self.config.lame_duck)
+        self.admission.drain()
+        grace = 0.0 if hurry.is_set() else self.config.drain_deadline
+        stopping = asyncio.ensure_future(self._server.stop(grace))
+        hurried = asyncio.ensure_future(hurry.wait())
+        await asyncio.wait((stopping, hurried), return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not stopping.done():
+            await self._server.stop(0)
+        await stopping
+
+
+@asynccontextmanager
+async def start_server(
+    config: ServerConfig, *, engine_command: Sequence[str] = ENGINE_COMMAND
+) -> AsyncIterator[RunningServer]:
+    """A server that listens at once and loads its model meanwhile; stopped without waiting at the end, unless drained
+    before. Raises OSError where the address cannot be had."""
+    events = [asyncio.Event()]
+    hooks: list[Callable[[], None]] = []
+
+    def on_change() -> None:
+        for hook in hooks:
+            hook()
+        event, events[0] = events[0], asyncio.Event()
+        event.set()
+
+    host = ModelHost(config, on_change, engine_command)
+    admission = Admission(config.max_live_sequences, config.max_live_tokens)
+    server = grpc.aio.server(options=_options(config))
+    health = _register(server, config, host, admission)
+    hooks.append(lambda: health.set_serving(host.state == "ready"))
+    try:
+        port = server.add_insecure_port(
+            f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
+        )
+    except RuntimeError:
+        raise OSError(f"cannot listen on port {config.port}") from None
+    await server.start()
+    model = asyncio.ensure_future(host.run())
+    try:
+        yield RunningServer(port, config, host, admission, health, events, server)
+    finally:
+        await server.stop(0)
+        model.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await model
+
+
+async def serve_forever(config: ServerConfig, on_listen: Callable[[RunningServer], None] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT, or until the model has failed. Returns the process's exit status."""
+    telemetry.configure(version("headrace"))
+    loop = asyncio.get_running_loop()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    async with start_server(config) as running:
+        if on_listen is not None:
+            on_listen(running)
+        stopped = asyncio.ensure_future(stop.wait())
+        failed = asyncio.ensure_future(_until_failed(running))
+        await asyncio.wait((stopped, failed), return_when=asyncio.FIRST_COMPLETED)
+        status = 0 if stop.is_set() else 1
+        stopped.cancel()
+        failed.cancel()
+        log.info("draining" if status == 0 else "stopping: the model cannot be served")
+        await running.drain(hurry)
+    return status
+
+
+async def _until_failed(running: RunningServer) -> None:
+    while running.host.state != "failed":
+        await running.changed()
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
+
+
+def _register(server: grpc.aio.Server, config: ServerConfig, host: ModelHost, admission: Admission) -> Health:
+    """All services of the server, on one wrapper."""
+    pool = descriptors.build_pool()
+    services = [descriptors.INFERENCE, descriptors.MODELS, descriptors.HEALTH]
+    if config.enable_channelz:
+        services.append(descriptors.CHANNELZ)
+    if config.enable_reflection:
+        services += [descriptors.REFLECTION, descriptors.REFLECTION_ALPHA]
+    policy = Policy(config.default_deadline, config.max_deadline)
+    probe = Policy(_NO_LIMIT, _NO_LIMIT, is_logged=False)
+
+    starter = Starter(host)
+    session = SessionService(host, admission, starter, config)
+    inference = InferenceService(host, admission, starter, session)
+    health = Health(("", *services, config.name), pool)
+    inference_descriptor = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+    models_descriptor = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
+    handlers = [
+        service_handler(inference_descriptor, inference.implementations(), policy),
+        service_handler(models_descriptor, ModelService(host).implementations(), policy),
+        service_handler(descriptors.service(pool, descriptors.HEALTH), health.implementations(), probe),
+    ]
+    if config.enable_reflection:
+        reflection = Reflection(services, pool).implementations()
+        for name in (descriptors.REFLECTION, descriptors.REFLECTION_ALPHA):
+            handlers.append(service_handler(descriptors.service(pool, name), reflection, probe))
+    server.add_generic_rpc_handlers(tuple(handlers))
+    if config.enable_channelz:
+        from grpc_channelz.v1 import channelz
+
+        channelz.add_channelz_servicer(server)
+    return health
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    """gRPC's settings. Concurrency is limited by our own admission: both of gRPC's limits would hit health checks too, or
+    refuse with a code that clients do not retry."""
+    return [
+        ("grpc.max_receive_message_length", config.max_receive_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", 8 << 10),
+        ("grpc.absolute_max_metadata_size", 16 << 10),
+        ("grpc.keepalive_time_ms", 10_000),  # a client that vanished is noticed within 15 s
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # Envoy's own keepalive must not be punished
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.max_connection_idle_ms", 300_000),
+        ("grpc.max_connection_age_ms", 1_800_000),  # lets load balancers spread connections anew; streams may finish
+        ("grpc.server_handshake_timeout_ms", 5_000),
+        ("grpc.so_reuseport", 0),
+        ("grpc.enable_channelz", int(config.enable_channelz)),
+    ]

@@ -1,0 +1,195 @@
+"""Between protobuf and the engine's types: the one module that knows both. Its inputs are validated already."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from headrace.engine import types
+from headrace.models.load import ModelInfo
+from headrace.server.errors import ServerError
+from headrace.server.generation import Chunk, Ending
+from headrace.v1 import inference_pb2 as pb
+from headrace.v1 import models_pb2
+
+_FINISH_REASONS = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "cancelled": pb.FINISH_REASON_CANCELLED,
+}
+MODEL_STATES = {
+    "loading": models_pb2.MODEL_STATE_LOADING,
+    "ready": models_pb2.MODEL_STATE_READY,
+    "failed": models_pb2.MODEL_STATE_FAILED,
+    "draining": models_pb2.MODEL_STATE_DRAINING,
+}
+_SEED_BITS = 64
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the sequences of one request share, besides their sampling parameters."""
+
+    prompt: list[int]
+    salt: str
+    deadline: float  # CLOCK_MONOTONIC seconds
+    arrival: float
+
+
+def sampling(
+    params: pb.SamplingParams, *, max_tokens: int, seed: int, end_tokens: Sequence[int]
+) -> types.SamplingParams:
+    """The engine's parameters. max_tokens: the number in force; end_tokens: the model's."""
+    stop_tokens = dict.fromkeys(params.stop_token_ids)
+    if not params.ignore_eos:
+        stop_tokens.update(dict.fromkeys(end_tokens))
+    return types.SamplingParams(
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=params.temperature if params.HasField("temperature") else 1.0,
+        top_k=params.top_k,
+        top_p=params.top_p if params.HasField("top_p") else 1.0,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty if params.HasField("repetition_penalty") else 1.0,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=dict(params.logit_bias),
+        min_tokens=params.min_tokens,
+        stop_token_ids=tuple(stop_tokens),
+        num_logprobs=params.logprobs if params.HasField("logprobs") else -1,
+    )
+
+
+def seeds(params: pb.SamplingParams) -> list[int]:
+    """One seed per generation. The first is the request's own (or drawn), the i-th is derived from it and i, so that
+    asking for more generations never changes the first ones."""
+    seed = params.seed if params.HasField("seed") else secrets.randbits(_SEED_BITS)
+    return [seed, *(_derived_seed(seed, index) for index in range(1, params.n or 1))]
+
+
+def sequence(sequence_id: int, common: Common, params: types.SamplingParams) -> types.SequenceRequest:
+    """A sequence that generates."""
+    return types.SequenceRequest(
+        id=sequence_id,
+        prompt=common.prompt,
+        sampling=params,
+        salt=common.salt,
+        deadline=common.deadline,
+        arrival=common.arrival,
+    )
+
+
+def score_sequence(sequence_id: int, common: Common, num_logprobs: int) -> types.SequenceRequest:
+    """A sequence whose prompt is scored."""
+    return types.SequenceRequest(
+        id=sequence_id,
+        prompt=common.prompt,
+        sampling=types.SamplingParams(max_tokens=1, temperature=0.0, num_logprobs=num_logprobs),
+        salt=common.salt,
+        deadline=common.deadline,
+        arrival=common.arrival,
+        score=True,
+    )
+
+
+def chunk(index: int, news: Chunk) -> pb.GenerationChunk:
+    """One message's worth of a generation."""
+    return pb.GenerationChunk(
+        index=index,
+        offset=news.offset,
+        token_ids=[token.token_id for token in news.tokens],
+        text=news.text,
+        logprobs=logprobs(news.tokens),
+        finish=finish(news.ending) if news.ending is not None else None,
+    )
+
+
+def logprobs(tokens: Iterable[types.TokenOutput]) -> list[pb.TokenLogprob]:
+    """One entry per token that has a log-probability."""
+    return [
+        pb.TokenLogprob(
+            token_id=token.token_id,
+            logprob=token.logprob,
+            alternatives=[pb.TokenAlternative(token_id=token_id, logprob=value) for token_id, value in token.top],
+        )
+        for token in tokens
+        if token.logprob is not None
+    ]
+
+
+def finish(ending: Ending) -> pb.Finish:
+    """The end of a generation."""
+    return pb.Finish(
+        reason=_FINISH_REASONS[ending.reason],
+        stop_string=ending.stop_string,
+        stop_token_id=ending.stop_token_id,
+        usage=pb.Usage(
+            prompt_tokens=ending.num_prompt_tokens,
+            cached_prompt_tokens=ending.num_cached_tokens,
+            generated_tokens=ending.num_generated_tokens,
+        ),
+        timing=pb.Timing(
+            queue_seconds=ending.queue_seconds,
+            prefill_seconds=ending.prefill_seconds,
+            decode_seconds=ending.decode_seconds,
+        ),
+        seed=ending.seed,
+    )
+
+
+def score_response(
+    token_ids: Sequence[int], scored: Iterable[types.TokenOutput], end: types.FinishOutput
+) -> pb.ScoreResponse:
+    """A scored text."""
+    return pb.ScoreResponse(
+        token_ids=token_ids,
+        logprobs=logprobs(scored),
+        usage=pb.Usage(prompt_tokens=end.num_prompt_tokens, cached_prompt_tokens=end.num_cached_tokens),
+        timing=pb.Timing(
+            queue_seconds=end.queue_seconds,
+            prefill_seconds=end.prefill_seconds,
+            decode_seconds=end.decode_seconds,
+        ),
+    )
+
+
+def session_error(generation_id: str, error: ServerError) -> pb.SessionResponse:
+    """A failure as an event of a session."""
+    return pb.SessionResponse(
+        error=pb.SessionError(
+            generation_id=generation_id,
+            code=error.kind.code.value[0],
+            reason=error.kind.reason,
+            message=error.message,
+            field=error.violations[0].field if error.violations else "",
+            retry_after_seconds=error.retry_after or 0.0,
+        )
+    )
+
+
+def model(
+    name: str, state: str, progress: float, info: ModelInfo | None, context_length: int, backend: str
+) -> models_pb2.Model:
+    """A model's description. info: None while it loads."""
+    described = models_pb2.Model(name=name, state=MODEL_STATES[state], load_progress=progress)
+    if info is not None:
+        described.architecture = info.architecture
+        described.parameters = info.parameters
+        described.quantization = info.quantization
+        described.context_length = context_length
+        described.vocab_size = info.vocab_size
+        described.chat_template = info.chat_template
+        described.eos_token_ids.extend(info.eos_token_ids)
+        described.backend = backend
+        described.file_bytes = info.file_bytes
+    return described
+
+
+def _derived_seed(seed: int, index: int) -> int:
+    """SplitMix64 (Steele, Lea, Flood 2014) of the seed moved on by `index` of its steps."""
+    mask = (1 << _SEED_BITS) - 1
+    z = (seed + index * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)

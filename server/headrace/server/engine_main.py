@@ -1,0 +1,232 @@
+"""The engine process: loads the model, then steps the engine for the front end at the other end of a socket.
+
+`engine_process` spawns it as `python -m headrace.server.engine_main --fd N --parent PID`. One thread owns everything. Between
+steps it takes what has arrived without waiting; with no work it sleeps in select. It ends when the socket ends, and asks the
+kernel to be killed with its parent: an engine never outlives its front end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import logging
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.engine.engine import Engine
+from headrace.engine.errors import InvalidSequenceError, QueueFullError
+from headrace.server import frames
+
+log = logging.getLogger("headrace.engine")
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_READ_BYTES = 1 << 18
+# What KV blocks may take where nothing is configured: enough for a few long contexts of a small model, never most of a machine.
+_DEFAULT_KV_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Built:
+    """A loaded engine and what the front end wants to know of it."""
+
+    engine: Engine
+    backend: str
+    max_model_len: int
+
+
+Build = Callable[[frames.Load, Callable[[float], None]], Built]
+
+
+class FrontEndGoneError(Exception):
+    """The other end of the socket is closed."""
+
+
+def main() -> None:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(description="The engine process of a Headrace server; started by the server only.")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    sys.exit(run(arguments.fd, arguments.parent, build_engine))
+
+
+def run(fd: int, parent: int, build: Build) -> int:
+    """Serve the socket `fd` until it ends; returns the process's exit status."""
+    _die_with(parent)
+    faulthandler.enable()  # the watchdog's SIGABRT writes the stacks to the log
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold prompts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the front end drains
+    link = Link(socket.socket(fileno=fd))
+    try:
+        built = _load(link, build)
+        if built is None:
+            return 2
+        EngineLoop(link, built).run()
+    except FrontEndGoneError:
+        return 0
+    except frames.FrameError:
+        log.exception("the front end sent what is not in the schema")
+        return 3
+    except Exception:
+        log.exception("the engine failed")
+        return 1
+    return 0
+
+
+class Link:
+    """The socket to the front end, with blocking sends and receives that wait only where told to."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._sock.setblocking(True)
+        self._decoder = frames.engine_decoder()
+
+    def send(self, message: frames.ToFront) -> None:
+        """Send one frame. Waits while the front end is behind."""
+        try:
+            self._sock.sendall(frames.encode(message))
+        except OSError as error:
+            raise FrontEndGoneError from error
+
+    def receive(self, wait_seconds: float | None) -> list[frames.ToEngine]:
+        """Everything that has arrived, after waiting this long (None: for ever) for the first of it."""
+        messages: list[frames.ToEngine] = []
+        while True:
+            ready, _, _ = select.select([self._sock], [], [], 0 if messages else wait_seconds)
+            if not ready:
+                return messages
+            wait_seconds = 0
+            try:
+                data = self._sock.recv(_READ_BYTES)
+            except OSError as error:
+                raise FrontEndGoneError from error
+            if not data:
+                raise FrontEndGoneError
+            messages += self._decoder.feed(data)
+
+
+class EngineLoop:
+    """Takes commands, steps, answers: the life of the process after loading."""
+
+    def __init__(self, link: Link, built: Built) -> None:
+        self._link = link
+        self._engine = built.engine
+
+    def run(self) -> None:
+        """Until the front end goes away (FrontEndGoneError)."""
+        engine = self._engine
+        while True:
+            for message in self._link.receive(self._wait_seconds()):
+                self._carry_out(message)
+            outputs = engine.step()
+            if outputs:
+                self._link.send(frames.Step(outputs, engine.stats()))
+
+    def _wait_seconds(self) -> float | None:
+        """How long to wait for commands: not at all with work to do, else until a parked sequence's deadline."""
+        if self._engine.has_work():
+            return 0.0
+        deadline = self._engine.next_deadline()
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+    def _carry_out(self, message: frames.ToEngine) -> None:
+        engine = self._engine
+        if isinstance(message, frames.Submit):
+            try:
+                engine.add(message.request)
+            except QueueFullError:
+                self._link.send(frames.Refused(message.request.id, "queue_full"))
+            except InvalidSequenceError:
+                log.exception("sequence %d is not valid", message.request.id)
+                self._link.send(frames.Refused(message.request.id, "invalid"))
+        elif isinstance(message, frames.Cancel):
+            engine.cancel(message.id)
+        elif isinstance(message, frames.SetMaxTokens):
+            try:
+                engine.set_max_tokens(message.id, message.max_tokens)
+            except InvalidSequenceError:
+                log.exception("sequence %d cannot have %d tokens", message.id, message.max_tokens)
+        elif isinstance(message, frames.Park):
+            engine.park(message.id)
+        elif isinstance(message, frames.Unpark):
+            engine.unpark(message.id)
+        elif isinstance(message, frames.Ping):
+            self._link.send(frames.Pong(message.nonce, engine.stats()))
+        else:
+            raise frames.FrameError("a second load frame")
+
+
+def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Built:
+    """Load the model's weights and set up its engine. Raises ModelError with a message for the operator."""
+    from headrace.engine.config import EngineConfig
+    from headrace.kernels.torch_executor import TorchExecutor
+    from headrace.models.load import load_model
+
+    model = load_model(Path(load.path), on_progress)
+    num_blocks = load.num_blocks
+    if not num_blocks:
+        bytes_per_token = sum(
+            2 * 4 * layer.num_kv_heads * layer.head_dim for layer in model.program.kv
+        )  # K and V, float32
+        num_blocks = max(2, (load.kv_cache_bytes or _DEFAULT_KV_BYTES) // (bytes_per_token * load.block_size))
+    context = model.info.context_length
+    config = EngineConfig(
+        block_size=load.block_size,
+        num_blocks=num_blocks,
+        max_num_batched_tokens=load.max_num_batched_tokens,
+        max_num_seqs=load.max_num_seqs,
+        max_logit_rows=max(256, load.max_num_seqs),
+        max_model_len=min(load.max_model_len or context, context),
+        enable_prefix_cache=load.enable_prefix_cache,
+        # The front end is the one that refuses; the engine must be able to take what the front end admitted.
+        max_waiting_seqs=load.max_live_sequences,
+        max_waiting_tokens=max(load.max_live_tokens, context),
+        vocab_size=model.info.vocab_size,
+    )
+    executor = TorchExecutor(
+        model.program,
+        model.weights,
+        num_blocks=num_blocks,
+        block_size=load.block_size,
+        num_threads=load.num_threads or None,
+    )
+    return Built(Engine(executor, config), executor.name, config.max_sequence_len)
+
+
+def _load(link: Link, build: Build) -> Built | None:
+    """Wait for the Load frame and obey it. None: it could not be loaded, and the front end was told."""
+    first, *rest = link.receive(None)
+    if not isinstance(first, frames.Load) or rest:
+        raise frames.FrameError("the first frame is not a load frame")
+    try:
+        built = build(first, lambda progress: link.send(frames.Loading(float(progress))))
+    except FrontEndGoneError:
+        raise
+    except Exception as error:
+        log.exception("the model could not be loaded")
+        link.send(frames.LoadFailed(str(error) or type(error).__name__))
+        return None
+    link.send(frames.Ready(built.backend, built.max_model_len, built.engine.stats()))
+    return built
+
+
+def _die_with(parent: int) -> None:
+    """Be killed when the front end dies, however it dies; the socket's end alone is not seen during a long step."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call above
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Generate, Complete, Tokenize, Detokenize and Score; what they share with Session is `Starter`.
+
+The life of a request: validate, open a guard, tokenise, reserve tokens, submit, send initial metadata; then messages as the
+engine steps; in `finally`, stop what runs and give the guard back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from headrace.engine.types import FinishOutput, TokenOutput
+from headrace.server import convert, errors, validate
+from headrace.server.admission import Admission, RequestGuard
+from headrace.server.engine_client import Mailbox, TokenStream
+from headrace.server.errors import ServerError
+from headrace.server.generation import Chunk, ExpiredError, Generation
+from headrace.server.model_host import ModelHost
+from headrace.server.rpc import Call, Implementation
+from headrace.server.starter import Start, Starter
+from headrace.v1 import inference_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Running:
+    """The generations of one RPC, by their streams."""
+
+    mailbox: Mailbox
+    generations: Mapping[TokenStream, Generation]
+
+    async def chunks(self, call: Call) -> AsyncIterator[tuple[Generation, Chunk]]:
+        """News of all generations until the last has ended."""
+        num_live = len(self.generations)
+        while num_live:
+            for stream in await self.mailbox.wait():
+                generation = self.generations[stream]
+                if generation.ending is not None:
+                    continue
+                try:
+                    news = generation.take()
+                except ExpiredError:
+                    await call.expire()
+                    return
+                if news is not None:
+                    num_live -= news.ending is not None
+                    yield generation, news
+
+
+class InferenceService:
+    """headrace.v1.InferenceService."""
+
+    def __init__(self, host: ModelHost, admission: Admission, starter: Starter, session: Implementation) -> None:
+        self._host = host
+        self._admission = admission
+        self._starter = starter
+        self._session = session
+
+    def implementations(self) -> dict[str, Implementation]:
+        """By method name."""
+        return {
+            "Generate": self.generate,
+            "Complete": self.complete,
+            "Session": self._session,
+            "Tokenize": self.tokenize,
+            "Detokenize": self.detokenize,
+            "Score": self.score,
+        }
+
+    async def generate(self, request: pb.GenerateRequest, call: Call) -> None:
+        """One message per step and generation."""
+        validate.check_model(request.model, self._host.name)
+        validate.generate(request, self._host.limits())
+        async with self._run(request, call, "") as running:
+            async for generation, news in running.chunks(call):
+                await call.write(pb.GenerateResponse(chunk=convert.chunk(generation.index, news)))
+
+    async def complete(self, request: pb.CompleteRequest, call: Call) -> pb.CompleteResponse:
+        """All generations at once."""
+        validate.check_model(request.request.model, self._host.name)
+        validate.complete(request, self._host.limits())
+        async with self._run(request.request, call, "request.") as running:
+            answers = {g.index: pb.Completion(index=g.index) for g in running.generations.values()}
+            async for generation, news in running.chunks(call):
+                answer, chunk = answers[generation.index], convert.chunk(generation.index, news)
+                answer.token_ids.extend(chunk.token_ids)
+                answer.text += chunk.text
+                answer.logprobs.extend(chunk.logprobs)
+                if chunk.HasField("finish"):
+                    answer.finish.CopyFrom(chunk.finish)
+        return pb.CompleteResponse(completions=[answers[index] for index in sorted(answers)])
+
+    async def tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
+        """The ids Generate would compute."""
+        validate.check_model(request.model, self._host.name)
+        validate.tokenize(request, self._host.limits())
+        with self._admission.open(0):
+            prepared = await self._host.prompts().prepare(request.prompt)
+        call.facts["prompt_tokens"] = len(prepared.ids)
+        return pb.TokenizeResponse(token_ids=prepared.ids, rendered=prepared.rendered)
+
+    async def detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:
+        """The text of ids."""
+        validate.check_model(request.model, self._host.name)
+        validate.detokenize(request, self._host.limits())
+        with self._admission.open(0):
+            ids = list(request.token_ids)
+            text = await self._host.prompts().decode(ids, skip_special=request.skip_special_tokens)
+        return pb.DetokenizeResponse(text=text)
+
+    async def score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
+        """Log-probabilities of a text."""
+        host = self._host
+        validate.check_model(request.model, host.name)
+        limits = host.limits()
+        validate.score(request, limits)
+        call.label = request.request_label
+        call.facts.update(model=host.name, operation="score")
+        with self._admission.open(1) as guard:
+            prepared = await host.prompts().prepare(request.prompt)
+            validate.check_score_length(len(prepared.ids), limits)
+            guard.reserve_tokens(len(prepared.ids))
+            common = convert.Common(prepared.ids, "", call.deadline, time.monotonic())
+            mailbox = Mailbox(call.interrupt)
+            stream = host.client().submit(
+                lambda sequence_id: convert.score_sequence(sequence_id, common, request.top_logprobs), mailbox
+            )
+            try:
+                scored, end = await _collect(stream, mailbox)
+            finally:
+                stream.close()
+        if end.reason == "expired":
+            await call.expire()
+        if end.reason == "error":
+            raise ServerError(errors.NUMERIC) if end.error == "NUMERIC" else errors.new_incident()
+        call.facts["prompt_tokens"] = len(prepared.ids)
+        return convert.score_response(prepared.ids, scored, end)
+
+    @asynccontextmanager
+    async def _run(self, request: pb.GenerateRequest, call: Call, path: str) -> AsyncIterator[Running]:
+        """The request's generations, admitted and running; stopped and given back at the end, however it comes."""
+        call.label = request.request_label
+        generations: dict[TokenStream, Generation] = {}
+        guard: RequestGuard = self._admission.open(request.sampling.n or 1)
+        try:
+            prepared = await self._host.prompts().prepare(request.prompt, f"{path}prompt")
+            start = Start(prepared.ids, request.sampling, request.cache_salt, call.deadline, path)
+            mailbox = Mailbox(call.interrupt)
+            for generation in self._starter.submit(start, guard, mailbox):
+                assert generation.stream is not None
+                generations[generation.stream] = generation
+            call.facts.update(
+                model=self._host.name,
+                operation="chat" if request.prompt.WhichOneof("form") == "chat" else "text_completion",
+                prompt_tokens=len(prepared.ids),
+                n=len(generations),
+            )
+            await call.admit()
+            yield Running(mailbox, generations)
+        finally:
+            for generation in generations.values():
+                generation.close()
+            guard.close()
+            _note_endings(call, generations)
+
+
+async def _collect(stream: TokenStream, mailbox: Mailbox) -> tuple[list[TokenOutput], FinishOutput]:
+    """All tokens of a scored text."""
+    tokens: list[TokenOutput] = []
+    while True:
+        await mailbox.wait()
+        taken = stream.take()
+        tokens += taken.tokens
+        if taken.finish is not None:
+            return tokens, taken.finish
+
+
+def _note_endings(call: Call, generations: Mapping[TokenStream, Generation]) -> None:
+    endings = [g.ending for g in generations.values() if g.ending is not None]
+    if endings:
+        call.facts["generated_tokens"] = sum(ending.num_generated_tokens for ending in endings)
+        call.facts["cached_tokens"] = endings[0].num_cached_tokens
+        call.facts["finish"] = endings[0].reason

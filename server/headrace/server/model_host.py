@@ -1,0 +1,153 @@
+"""One served model: its files resolved, its tokeniser and template here, its engine in another process.
+
+`app.py` makes one and runs it; the servicers ask it for what they need and get a ServerError while the model cannot answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from headrace.models.errors import ModelError
+from headrace.models.load import FrontModel, ModelInfo, load_front
+from headrace.models.sources import resolve
+from headrace.server import errors, frames
+from headrace.server.config import ServerConfig
+from headrace.server.engine_client import EngineClient
+from headrace.server.errors import ServerError
+from headrace.server.prompts import Prompts
+from headrace.server.supervisor import ENGINE_COMMAND, EngineState, Supervisor
+from headrace.server.template_worker import TemplateWorker
+from headrace.server.validate import Limits
+
+log = logging.getLogger("headrace.server")
+
+
+class ModelHost:
+    """The model's life, from "not found yet" to "drained"."""
+
+    def __init__(
+        self, config: ServerConfig, on_change: Callable[[], None], engine_command: Sequence[str] = ENGINE_COMMAND
+    ) -> None:
+        """on_change: called on the event loop whenever `state` may have changed."""
+        self.name = config.name
+        self.failure = ""  # for the operator, never for a client
+        self.supervisor = Supervisor(config, on_change, engine_command)
+        self._config = config
+        self._on_change = on_change
+        self._front: FrontModel | None = None
+        self._prompts: Prompts | None = None
+        self._is_draining = False
+
+    @property
+    def state(self) -> str:
+        """ "loading", "ready", "failed" or "draining"."""
+        if self._is_draining:
+            return "draining"
+        if self.failure or self.supervisor.state is EngineState.FAILED:
+            return "failed"
+        is_ready = self._front is not None and self.supervisor.state is EngineState.READY
+        return "ready" if is_ready else "loading"
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """What the model's file says; None until it is read."""
+        return self._front.info if self._front is not None else None
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a sequence; 0 until the engine has said so."""
+        return self.supervisor.ready.max_model_len if self.supervisor.ready is not None else 0
+
+    @property
+    def backend(self) -> str:
+        """What runs the model."""
+        return self.supervisor.ready.backend if self.supervisor.ready is not None else ""
+
+    @property
+    def progress(self) -> float:
+        """Share of the weights read, 0 to 1."""
+        return 1.0 if self.supervisor.state is EngineState.READY else self.supervisor.progress
+
+    async def run(self) -> None:
+        """Load, then keep the engine alive. Returns when the model has FAILED; cancel it to stop the engine."""
+        engine: asyncio.Task[None] | None = None
+        try:
+            path = await asyncio.to_thread(resolve, self._config.model, lambda *_: None)
+            engine = asyncio.ensure_future(self.supervisor.run(self._load_frame(path)))
+            self._front = await asyncio.to_thread(load_front, path)
+            self._prompts = Prompts(self._front.tokenizer, self._template_worker(self._front))
+            self._on_change()
+            await engine
+        except ModelError as error:
+            self.failure = str(error)
+            log.error("the model cannot be served: %s", error)
+            self._on_change()
+        finally:
+            if engine is not None:
+                engine.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await engine
+            if self._prompts is not None:
+                await self._prompts.close()
+
+    def drain(self) -> None:
+        """Nothing new from now on; what runs goes on."""
+        self._is_draining = True
+        self._on_change()
+
+    def prompts(self) -> Prompts:
+        """Templates and tokeniser. Raises ServerError while there are none."""
+        if self._prompts is None:
+            raise self._refusal()
+        return self._prompts
+
+    def front(self) -> FrontModel:
+        """Tokeniser and file facts. Raises ServerError while there are none."""
+        if self._front is None:
+            raise self._refusal()
+        return self._front
+
+    def client(self) -> EngineClient:
+        """The engine. Raises ServerError while none answers."""
+        client = self.supervisor.client
+        if client is None or self._front is None or self.failure:
+            raise self._refusal()
+        return client
+
+    def limits(self) -> Limits:
+        """What the model allows. Raises ServerError until that is known."""
+        if not self.context_length:
+            raise self._refusal()
+        return Limits(self.context_length, self.front().info.vocab_size)
+
+    def _refusal(self) -> ServerError:
+        if self.failure or self.supervisor.state is EngineState.FAILED:
+            return ServerError(errors.MODEL_FAILED)
+        return ServerError(errors.MODEL_LOADING, retry_after=1.0)
+
+    def _load_frame(self, path: Path) -> frames.Load:
+        config = self._config
+        return frames.Load(
+            path=str(path),
+            block_size=config.block_size,
+            num_blocks=config.num_blocks,
+            kv_cache_bytes=config.kv_cache_bytes,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            max_live_sequences=config.max_live_sequences,
+            max_live_tokens=config.max_live_tokens,
+            num_threads=config.num_threads,
+            enable_prefix_cache=config.enable_prefix_cache,
+        )
+
+    @staticmethod
+    def _template_worker(front: FrontModel) -> TemplateWorker | None:
+        if front.chat_template is None:
+            return None
+        template = front.chat_template
+        return TemplateWorker(template.source, template.bos_token, template.eos_token)

@@ -1,0 +1,168 @@
+"""Keeps one engine process alive: spawns it, watches it, starts a new one when it dies or hangs.
+
+Owned by `model_host.ModelHost`. The engine is spawned, never forked (gRPC's threads do not survive a fork), gets its socket
+as an inherited descriptor, and is killed by the kernel with this process. A front end that keeps its engine dying would burn
+a machine for nothing: more than so many restarts in a minute and the model is FAILED for good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+from headrace.server import frames
+from headrace.server.config import ServerConfig
+from headrace.server.engine_client import EngineClient
+
+log = logging.getLogger("headrace.server")
+
+ENGINE_COMMAND = (sys.executable, "-m", "headrace.server.engine_main")
+_SOCKET_BUFFER_BYTES = 1 << 20
+_EXIT_SECONDS = 5.0  # for an engine that was hung up on; then it is killed
+_DUMP_SECONDS = 1.0  # for a hung engine to write its stacks
+_FIRST_BACKOFF = 0.1
+
+
+class EngineState(Enum):
+    """What the supervisor is at."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class Supervisor:
+    """Runs engine lives one after the other. `client` is the present one's, None while there is none that answers."""
+
+    def __init__(
+        self, config: ServerConfig, on_change: Callable[[], None], command: Sequence[str] = ENGINE_COMMAND
+    ) -> None:
+        """on_change: called on the event loop after every change of `state`, `client` or `progress`."""
+        self.state = EngineState.LOADING
+        self.client: EngineClient | None = None
+        self.ready: frames.Ready | None = None
+        self.progress = 0.0
+        self.pid: int | None = None
+        self.num_restarts = 0
+        self._config = config
+        self._on_change = on_change
+        self._command = tuple(command)
+        self._deaths: deque[float] = deque()
+
+    async def run(self, load: frames.Load) -> None:
+        """Keep an engine running until cancelled, or until it has FAILED."""
+        loop = asyncio.get_running_loop()
+        backoff = _FIRST_BACKOFF
+        try:
+            while True:
+                self._set(EngineState.LOADING)
+                started = loop.time()
+                failure = await self._live(load)
+                if failure is not None:
+                    log.error("the model cannot be run: %s", failure)
+                    break
+                now = loop.time()
+                self._deaths.append(now)
+                while self._deaths[0] < now - 60:
+                    self._deaths.popleft()
+                if len(self._deaths) > self._config.max_restarts_per_minute:
+                    log.error("the engine died %d times in a minute; giving up", len(self._deaths))
+                    break
+                self.num_restarts += 1
+                backoff = _FIRST_BACKOFF if now - started > 60 else min(backoff * 2, self._config.max_backoff)
+                self._set(EngineState.LOADING)
+                await asyncio.sleep(backoff)
+            self._set(EngineState.FAILED)
+        except asyncio.CancelledError:
+            self._set(EngineState.STOPPED)
+            raise
+
+    async def _live(self, load: frames.Load) -> str | None:
+        """One life of an engine, from spawn to its end. Returns why the model can never be loaded, or None."""
+        config = self._config
+        near, far = socket.socketpair()
+        for end in (near, far):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                end.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+        client = EngineClient(config.stream_buffer_tokens, config.stall_timeout, self._progressed)
+        process: asyncio.subprocess.Process | None = None
+        try:
+            with far:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    *("--fd", str(far.fileno()), "--parent", str(os.getpid())),
+                    pass_fds=(far.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                )
+            self.pid = process.pid
+            await asyncio.get_running_loop().create_unix_connection(lambda: client, sock=near)
+            client.send(load)
+            # A wait, not an await: the futures belong to the client, which settles them whatever happens to us.
+            await asyncio.wait((client.ready, client.closed), return_when=asyncio.FIRST_COMPLETED)
+            if client.ready.done() and not client.ready.cancelled():
+                self.ready = client.ready.result()
+                self.client = client
+                self._set(EngineState.READY)
+                log.info("engine %d is ready (%s)", process.pid, self.ready.backend)
+                await self._watch(client, process)
+            return client.load_failure
+        finally:
+            self.client = None
+            self.pid = None
+            self.progress = 0.0
+            client.close()
+            near.close()
+            if process is not None:
+                await _end(process)
+
+    async def _watch(self, client: EngineClient, process: asyncio.subprocess.Process) -> None:
+        """Until the engine's end of the socket closes; an engine that says nothing for too long is killed."""
+        loop = asyncio.get_running_loop()
+        hang_timeout = self._config.hang_timeout
+        client.last_heard = loop.time()
+        while not client.closed.done():
+            client.send(frames.Ping(0))
+            await asyncio.wait((client.closed,), timeout=min(1.0, hang_timeout / 4))
+            if not client.closed.done() and loop.time() - client.last_heard > hang_timeout:
+                log.error("engine %d has been silent for %.1f s; killing it", process.pid, hang_timeout)
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGABRT)
+                await asyncio.wait((client.closed,), timeout=_DUMP_SECONDS)
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await asyncio.wait((client.closed,))
+        self.client = None
+        self._set(EngineState.LOADING)  # at once, before the process is reaped
+
+    def _progressed(self, progress: float) -> None:
+        self.progress = progress
+        self._on_change()
+
+    def _set(self, state: EngineState) -> None:
+        self.state = state
+        self._on_change()
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Wait for a process whose socket is closed; kill it where that takes too long. Never leaves it behind."""
+    waiting = asyncio.ensure_future(process.wait())
+    try:
+        done, _ = await asyncio.wait((waiting,), timeout=_EXIT_SECONDS)
+        if not done:
+            log.warning("engine %d did not exit; killing it", process.pid)
+    finally:
+        if process.returncode is None and not waiting.done():
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        await asyncio.shield(waiting)
+    if process.returncode:
+        log.warning("engine %d ended with status %d", process.pid, process.returncode)
