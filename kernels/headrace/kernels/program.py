@@ -12,7 +12,7 @@ arrays (`headrace.kernels.batch.StepBatch`: token ids, positions, slot mapping, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Literal
 
 Rows = Literal["tokens", "logits"]
 
@@ -133,7 +133,7 @@ class SoftCap:
     cap: float
 
 
-Op = Union[Embed, RmsNorm, Linear, Add, GatedActivation, Rope, KvWrite, PagedAttention, SelectRows, SoftCap]
+Op = Embed | RmsNorm | Linear | Add | GatedActivation | Rope | KvWrite | PagedAttention | SelectRows | SoftCap
 
 
 @dataclass(frozen=True)
