@@ -34,6 +34,10 @@ def status(*details: object) -> bytes:
     return status_pb2.Status(details=packed).SerializeToString()
 
 
+_BROKEN_DETAIL = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")
+BROKEN = status_pb2.Status(details=[_BROKEN_DETAIL]).SerializeToString()
+
+
 def test_all_details_are_decoded() -> None:
     violation = error_details_pb2.BadRequest.FieldViolation(field="sampling.top_p", description="must be at most 1")
     trailer = status(
@@ -59,7 +63,7 @@ def test_a_retry_after_zero_seconds_is_not_none() -> None:
     assert error_from_rpc(rpc_error(grpc.StatusCode.UNAVAILABLE, "x", trailer)).retry_after == 0
 
 
-@pytest.mark.parametrize("trailer", [None, b"", b"\xff\xff\xff", status(duration_pb2.Duration())])
+@pytest.mark.parametrize("trailer", [None, b"", b"\xff\xff\xff", status(duration_pb2.Duration()), BROKEN])
 def test_strange_or_missing_details_leave_the_plain_status(trailer: bytes | None) -> None:
     error = error_from_rpc(rpc_error(grpc.StatusCode.UNAVAILABLE, "connection refused", trailer))
     assert type(error) is UnavailableError

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from headrace.v1 import inference_pb2 as pb
 
@@ -132,10 +133,10 @@ def error_from_rpc(error: grpc.RpcError) -> HeadraceError:
     """Decodes the failure of a call, sync (a grpc.Call too) or asyncio (grpc.aio.AioRpcError)."""
     code: grpc.StatusCode = error.code()
     message: str = error.details() or code.name
-    status = _find_status(error.trailing_metadata() or ())
-    if status is None:
+    try:
+        return _decode_details(code, message, _find_status(error.trailing_metadata() or ()))
+    except DecodeError:  # a proxy's or another server's bytes; the plain status still says something
         return make_error(code, message)
-    return _decode_details(code, message, status)
 
 
 def error_from_session(event: pb.SessionError) -> HeadraceError:
@@ -151,16 +152,11 @@ def error_from_session(event: pb.SessionError) -> HeadraceError:
     )
 
 
-def _find_status(metadata: Iterable[Any]) -> status_pb2.Status | None:
+def _find_status(metadata: Iterable[Any]) -> status_pb2.Status:
     for key, value in metadata:
         if key == _DETAILS_KEY and isinstance(value, bytes):
-            try:
-                return status_pb2.Status.FromString(value)
-            except (
-                ValueError
-            ):  # DecodeError: a proxy's or another server's bytes; the plain status still says something
-                return None
-    return None
+            return status_pb2.Status.FromString(value)
+    return status_pb2.Status()
 
 
 def _decode_details(code: grpc.StatusCode, message: str, status: status_pb2.Status) -> HeadraceError:

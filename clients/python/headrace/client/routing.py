@@ -22,7 +22,9 @@ from headrace.v1 import inference_pb2 as pb
 _log = logging.getLogger("headrace.client")
 
 # What an update or a cancel can be refused with while its generation runs on. Every other error ends the generation.
+# OVERLOADED is both: the engine's queue was full (before the first chunk), or an update asked for more than there is.
 _COMMAND_CODES = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND})
+_OVERLOADED = "OVERLOADED"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ Event = Started | Chunk | HeadraceError
 class _Route:
     put: Callable[[Event], None]
     is_started: bool = False
+    has_chunk: bool = False
 
 
 def log_command_error(error: HeadraceError) -> None:
@@ -136,6 +139,8 @@ class SessionRouter:
         chunk = convert.to_chunk(event.chunk)
         with self._lock:
             route = self._routes.get(event.generation_id)
+            if route is not None:
+                route.has_chunk = True
             if chunk.finish is not None:
                 self._routes.pop(event.generation_id, None)
         if route is not None:
@@ -144,10 +149,17 @@ class SessionRouter:
     def _on_error(self, error: HeadraceError) -> None:
         with self._lock:
             route = self._routes.get(error.generation_id)
-            is_command = route is None or (route.is_started and error.code in _COMMAND_CODES)
-            if not is_command:
+            ends = route is not None and _ends(route, error)
+            if ends:
                 del self._routes[error.generation_id]
-        if route is not None and not is_command:
+        if route is not None and ends:
             route.put(error)
-        else:
+        elif error.code is not grpc.StatusCode.NOT_FOUND:  # not found: the generation ended before the command came
             self._on_command_error(error)
+
+
+def _ends(route: _Route, error: HeadraceError) -> bool:
+    """Whether the error ends the generation; else it is about a command to one that runs on."""
+    if not route.is_started:
+        return True
+    return error.code not in _COMMAND_CODES and not (route.has_chunk and error.reason == _OVERLOADED)

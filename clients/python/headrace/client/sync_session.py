@@ -141,6 +141,8 @@ class Session:
 
     def update(self, generation_id: str, *, max_tokens: int) -> None:
         """Changes a running generation's limit; a refusal goes to `on_command_error`."""
+        if not self._router.is_running(generation_id):
+            return
         command = pb.SessionUpdate(generation_id=generation_id, max_tokens=max_tokens)
         self._commands.put(pb.SessionRequest(update=command))
 
