@@ -1,7 +1,7 @@
 """What may be in the server at once, and the one object that owns a request's share of it.
 
-Every RPC that uses the engine opens a `RequestGuard` and closes it in `finally`. Refusals are decided here at once, without
-asking the engine, in sequences and in tokens; they tell the client when to come back.
+Every RPC that uses the engine opens a `RequestGuard` and closes it in `finally`. Refusals are decided here at once,
+without asking the engine, in sequences and in tokens; they tell the client when to come back.
 """
 
 from __future__ import annotations

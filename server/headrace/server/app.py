@@ -1,8 +1,8 @@
 """Puts the server together, runs it, and takes it down in order.
 
-`start_server` is for tests and embedders, `serve_forever` for the CLI. Shutting down: health says NOT_SERVING at once, new
-calls are taken for a lame-duck time (load balancers need it to notice), then the listener closes, what runs may finish within
-the drain deadline, the engine exits. A second signal skips the waiting.
+`start_server` is for tests and embedders, `serve_forever` for the CLI. Shutting down: health says NOT_SERVING at once,
+new calls are taken for a lame-duck time (load balancers need it to notice), then the listener closes, what runs may
+finish within the drain deadline, the engine exits. A second signal skips the waiting.
 """
 
 from __future__ import annotations
@@ -181,19 +181,19 @@ def _register(server: grpc.aio.Server, config: ServerConfig, host: ModelHost, ad
     ]
     if config.enable_reflection:
         reflection = Reflection(services, pool).implementations()
-        for name in (descriptors.REFLECTION, descriptors.REFLECTION_ALPHA):
-            handlers.append(service_handler(descriptors.service(pool, name), reflection, probe))
+        names = (descriptors.REFLECTION, descriptors.REFLECTION_ALPHA)
+        handlers += [service_handler(descriptors.service(pool, name), reflection, probe) for name in names]
     server.add_generic_rpc_handlers(tuple(handlers))
     if config.enable_channelz:
         from grpc_channelz.v1 import channelz
 
-        channelz.add_channelz_servicer(server)
+        channelz.add_channelz_servicer(server)  # type: ignore[arg-type]  # takes grpc.aio servers too
     return health
 
 
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
-    """gRPC's settings. Concurrency is limited by our own admission: both of gRPC's limits would hit health checks too, or
-    refuse with a code that clients do not retry."""
+    """gRPC's settings. Concurrency is limited by our own admission: both of gRPC's limits would hit health checks too,
+    or refuse with a code that clients do not retry."""
     return [
         ("grpc.max_receive_message_length", config.max_receive_bytes),
         ("grpc.max_send_message_length", -1),

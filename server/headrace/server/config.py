@@ -1,7 +1,7 @@
 """Everything that can be set on a server, checked as a whole before anything starts.
 
-The CLI and the tests build a `ServerConfig` and give it to `app.start_server`; nothing else holds settings. All faults of a
-configuration are reported at once. Times are in seconds, sizes in bytes, unless a name says otherwise.
+The CLI and the tests build a `ServerConfig` and give it to `app.start_server`; nothing else holds settings. All faults
+of a configuration are reported at once. Times are in seconds, sizes in bytes, unless a name says otherwise.
 """
 
 from __future__ import annotations

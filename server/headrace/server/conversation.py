@@ -1,9 +1,9 @@
 """A chat that a session keeps: its messages and the exact tokens the engine has seen, so that the prefix cache hits.
 
-The next turn's prompt is the chat template's text of the whole conversation. Where that text begins with what the engine has
-seen already, the known tokens are taken as they are and only the rest is tokenised; tokenising everything anew could cut the
-answer's text into other tokens than the model chose, and would miss the cache. Where it does not (a template that trims, an
-answer cut by a stop string), everything is tokenised anew.
+The next turn's prompt is the chat template's text of the whole conversation. Where that text begins with what the
+engine has seen already, the known tokens are taken as they are and only the rest is tokenised; tokenising everything
+anew could cut the answer's text into other tokens than the model chose, and would miss the cache. Where it does not (a
+template that trims, an answer cut by a stop string), everything is tokenised anew.
 """
 
 from __future__ import annotations

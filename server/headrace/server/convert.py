@@ -68,7 +68,7 @@ def seeds(params: pb.SamplingParams) -> list[int]:
     return [seed, *(_derived_seed(seed, index) for index in range(1, params.n or 1))]
 
 
-def sequence(sequence_id: int, common: Common, params: types.SamplingParams) -> types.SequenceRequest:
+def sequence(common: Common, params: types.SamplingParams, sequence_id: int) -> types.SequenceRequest:
     """A sequence that generates."""
     return types.SequenceRequest(
         id=sequence_id,
@@ -80,7 +80,7 @@ def sequence(sequence_id: int, common: Common, params: types.SamplingParams) -> 
     )
 
 
-def score_sequence(sequence_id: int, common: Common, num_logprobs: int) -> types.SequenceRequest:
+def score_sequence(common: Common, num_logprobs: int, sequence_id: int) -> types.SequenceRequest:
     """A sequence whose prompt is scored."""
     return types.SequenceRequest(
         id=sequence_id,

@@ -1,8 +1,9 @@
 """The descriptors of everything this server speaks: what reflection tells and what handlers are registered from.
 
-grpc's own Python packages lag behind the protocol: grpcio-health-checking's health.proto has no List, and grpcio-reflection
-has v1alpha only. So this builds a descriptor pool of its own, with the health file completed and reflection v1 as a copy of
-v1alpha under its new name (the messages are the same on the wire). The process's default pool stays as it is.
+grpc's own Python packages lag behind the protocol: grpcio-health-checking's health.proto has no List, and
+grpcio-reflection has v1alpha only. So this builds a descriptor pool of its own, with the health file completed and
+reflection v1 as a copy of v1alpha under its new name (the messages are the same on the wire). The process's default
+pool stays as it is.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def build_pool() -> DescriptorPool:
     added: set[str] = set()
     for module in (inference_pb2, models_pb2, channelz_pb2, reflection_pb2):
         _add(pool, module.DESCRIPTOR, added)
-    pool.Add(_health_file())  # type: ignore[no-untyped-call]
-    pool.Add(_reflection_v1_file())  # type: ignore[no-untyped-call]
+    pool.Add(_health_file())
+    pool.Add(_reflection_v1_file())
     return pool
 
 
 def service(pool: DescriptorPool, name: str) -> ServiceDescriptor:
     """A service by its full name. Raises KeyError."""
-    return pool.FindServiceByName(name)  # type: ignore[no-any-return]
+    return pool.FindServiceByName(name)
 
 
 def _add(pool: DescriptorPool, file: FileDescriptor, added: set[str]) -> None:
@@ -50,7 +51,7 @@ def _add(pool: DescriptorPool, file: FileDescriptor, added: set[str]) -> None:
     added.add(file.name)
     for dependency in file.dependencies:
         _add(pool, dependency, added)
-    pool.AddSerializedFile(file.serialized_pb)  # type: ignore[no-untyped-call]
+    pool.AddSerializedFile(file.serialized_pb)
 
 
 def _health_file() -> descriptor_pb2.FileDescriptorProto:

@@ -1,8 +1,8 @@
 """The engine process: loads the model, then steps the engine for the front end at the other end of a socket.
 
-`engine_process` spawns it as `python -m headrace.server.engine_main --fd N --parent PID`. One thread owns everything. Between
-steps it takes what has arrived without waiting; with no work it sleeps in select. It ends when the socket ends, and asks the
-kernel to be killed with its parent: an engine never outlives its front end.
+`engine_process` spawns it as `python -m headrace.server.engine_main --fd N --parent PID`. One thread owns everything.
+Between steps it takes what has arrived without waiting; with no work it sleeps in select. It ends when the socket ends,
+and asks the kernel to be killed with its parent: an engine never outlives its front end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ log = logging.getLogger("headrace.engine")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _READ_BYTES = 1 << 18
-# What KV blocks may take where nothing is configured: enough for a few long contexts of a small model, never most of a machine.
+# What KV blocks may take where nothing is configured: enough for a few long contexts of a small model, never most of a
+# machine.
 _DEFAULT_KV_BYTES = 512 << 20
 
 

@@ -1,7 +1,8 @@
 """Every error a client can see: one table from reason to status, and the exceptions that carry one.
 
-Raised anywhere in the front end, turned into a gRPC status by `rpc.py` (or into a Session event by `session.py`). The texts
-are fixed here; no exception text, path, address or value of another caller can get into them. docs/API.md prints CATALOGUE.
+Raised anywhere in the front end, turned into a gRPC status by `rpc.py` (or into a Session event by `session.py`). The
+texts are fixed here; no exception text, path, address or value of another caller can get into them. docs/API.md prints
+CATALOGUE.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ CATALOGUE: tuple[ErrorKind, ...] = tuple(value for value in list(globals().value
 
 @dataclass(frozen=True)
 class Violation:
-    """A fault of one field. field: dotted path from the request, e.g. "sampling.top_p" or "prompt.chat.messages[2].role"."""
+    """A fault of one field. field: dotted path from the request, e.g. "sampling.top_p" or
+    "prompt.chat.messages[2].role"."""
 
     field: str
     description: str

@@ -1,8 +1,8 @@
 """The closed schema of what the front end and the engine process say to each other, and its framing on the socket.
 
 Written by `engine_client` and `engine_main`, nobody else. A frame is a 4-byte big-endian length and that many bytes of
-MessagePack; the type of a message is one of the tagged structs below, so that nothing but plain data can arrive. A frame
-over MAX_FRAME_BYTES or of an unknown shape ends the connection: the two ends belong together and trust no third.
+MessagePack; the type of a message is one of the tagged structs below, so that nothing but plain data can arrive. A
+frame over MAX_FRAME_BYTES or of an unknown shape ends the connection: the two ends belong together and trust no third.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Generic, TypeVar
 import msgspec
 from headrace.engine.types import EngineStats, SequenceOutput, SequenceRequest
 
-# The largest frames: a prompt of a 1 M-token context (5 bytes an id), or a step of 4,096 scored rows with 20 alternatives each.
+# The largest frames: a prompt of a 1 M-token context (5 bytes an id), or a step of 4,096 scored rows with 20
+# alternatives each.
 MAX_FRAME_BYTES = 8 << 20
 _HEADER_BYTES = 4
 

@@ -1,6 +1,7 @@
 """One generation on its way from tokens to text: detokenised, cut at stop strings, counted.
 
-The servicers make one per sequence and feed it what its TokenStream gives; `convert.chunk` turns the result into protobuf.
+The servicers make one per sequence and feed it what its TokenStream gives; `convert.chunk` turns the result into
+protobuf.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ class Generation:
     def take(self) -> Chunk | None:
         """What is new since the last take; None where nothing can be told yet.
 
-        After a stop string has matched, the sequence is cancelled in the engine, whose later tokens are dropped; the ending
-        comes with the engine's answer. Raises ServerError where the sequence failed, ExpiredError at its deadline.
+        After a stop string has matched, the sequence is cancelled in the engine, whose later tokens are dropped; the
+        ending comes with the engine's answer. Raises ServerError where the sequence failed, ExpiredError at its
+        deadline.
         """
         assert self.stream is not None
         return self._consume(self.stream.take())

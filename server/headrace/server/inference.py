@@ -1,7 +1,7 @@
 """Generate, Complete, Tokenize, Detokenize and Score; what they share with Session is `Starter`.
 
-The life of a request: validate, open a guard, tokenise, reserve tokens, submit, send initial metadata; then messages as the
-engine steps; in `finally`, stop what runs and give the guard back.
+The life of a request: validate, open a guard, tokenise, reserve tokens, submit, send initial metadata; then messages as
+the engine steps; in `finally`, stop what runs and give the guard back.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from headrace.engine.types import FinishOutput, TokenOutput
 from headrace.server import convert, errors, validate
@@ -123,9 +124,7 @@ class InferenceService:
             guard.reserve_tokens(len(prepared.ids))
             common = convert.Common(prepared.ids, "", call.deadline, time.monotonic())
             mailbox = Mailbox(call.interrupt)
-            stream = host.client().submit(
-                lambda sequence_id: convert.score_sequence(sequence_id, common, request.top_logprobs), mailbox
-            )
+            stream = host.client().submit(partial(convert.score_sequence, common, request.top_logprobs), mailbox)
             try:
                 scored, end = await _collect(stream, mailbox)
             finally:

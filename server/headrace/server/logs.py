@@ -1,6 +1,7 @@
 """Log lines for people ("text") or for collectors ("json": one object per line). Set up once, by the CLI.
 
-Request lines come from `rpc.py` with their fields in `extra`; a caller's label is escaped, so that it cannot forge a line.
+Request lines come from `rpc.py` with their fields in `extra`; a caller's label is escaped, so that it cannot forge a
+line.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """One served model: its files resolved, its tokeniser and template here, its engine in another process.
 
-`app.py` makes one and runs it; the servicers ask it for what they need and get a ServerError while the model cannot answer.
+`app.py` makes one and runs it; the servicers ask it for what they need and get a ServerError while the model cannot
+answer.
 """
 
 from __future__ import annotations

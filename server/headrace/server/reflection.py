@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import Message
-from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha._async import ReflectionServicer
 from headrace.server.rpc import Call, Implementation
 
 
@@ -14,7 +15,7 @@ class Reflection:
     """Both versions: their messages are the same on the wire, so v1's are read as v1alpha's."""
 
     def __init__(self, service_names: Sequence[str], pool: DescriptorPool) -> None:
-        self._servicer = reflection.aio.ReflectionServicer(service_names, pool=pool)
+        self._servicer = ReflectionServicer(service_names, pool=pool)
 
     def implementations(self) -> dict[str, Implementation]:
         """By method name."""

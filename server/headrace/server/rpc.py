@@ -1,7 +1,7 @@
 """The one wrapper around every RPC: raw bytes in, deadline, errors to statuses, one log line and one span at the end.
 
-`app.py` registers services through `service_handler`; servicers see parsed messages and a `Call`, raise ServerError, and
-know nothing of grpc.aio's traps:
+`app.py` registers services through `service_handler`; servicers see parsed messages and a `Call`, raise ServerError,
+and know nothing of grpc.aio's traps:
   - a malformed message or an unhandled exception would reach the client as UNKNOWN with the exception's text;
   - a handler that is cancelled by anything but its RPC would send no status at all;
   - a failed write raises private exceptions of grpc, not CancelledError.
@@ -156,10 +156,10 @@ def _method_handler(
         await _run(Call(context, full_name, policy), context, body, policy)
 
     if method.client_streaming:
-        return grpc.stream_stream_rpc_method_handler(bidirectional)  # type: ignore[arg-type]
+        return grpc.stream_stream_rpc_method_handler(bidirectional)
     if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(server_stream)  # type: ignore[arg-type]
-    return grpc.unary_unary_rpc_method_handler(unary)  # type: ignore[arg-type]
+        return grpc.unary_stream_rpc_method_handler(server_stream)
+    return grpc.unary_unary_rpc_method_handler(unary)
 
 
 def _parse(request_class: type[Message], raw: bytes) -> Message:
@@ -181,7 +181,7 @@ async def _requests(
             raise
         except Exception as error:
             raise ClientGoneError from error
-        if raw is grpc.aio.EOF:
+        if raw is grpc.aio.EOF:  # type: ignore[attr-defined]  # the stubs lack it
             return
         yield _parse(request_class, raw)
 
@@ -193,7 +193,7 @@ async def _run(
     policy: Policy,
 ) -> None:
     """Run a handler's body; end the RPC with the status of whatever comes out of it."""
-    with telemetry.server_span(call.method, context.invocation_metadata(), is_recorded=policy.is_logged) as span:
+    with telemetry.server_span(call.method, _metadata(context), is_recorded=policy.is_logged) as span:
         failure: ServerError | None = None
         status = "OK"
         try:
@@ -216,6 +216,10 @@ async def _run(
             await context.abort(failure.kind.code, failure.message, failure.trailing_metadata())
         if status == "CANCELLED":
             raise asyncio.CancelledError
+
+
+def _metadata(context: grpc.aio.ServicerContext[Any, Any]) -> list[tuple[str, str | bytes]]:
+    return [(key, value) for key, value in context.invocation_metadata() or ()]
 
 
 def _incident(call: Call, error: Exception) -> ServerError:

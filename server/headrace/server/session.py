@@ -1,7 +1,8 @@
 """Session: many generations multiplexed on one bidirectional stream.
 
-One task reads commands and carries them out in order; the handler's own task is the only writer. Failures of a command or a
-generation are events, the stream goes on. `Conversations` (conversation.py) keep what is needed to go on with a chat.
+One task reads commands and carries them out in order; the handler's own task is the only writer. Failures of a command
+or a generation are events, the stream goes on. `Conversations` (conversation.py) keep what is needed to go on with a
+chat.
 """
 
 from __future__ import annotations

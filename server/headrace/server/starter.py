@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from headrace.server import convert, validate
 from headrace.server.admission import RequestGuard
@@ -48,8 +49,6 @@ class Starter:
                 front.tokenizer, list(params.stop), params.include_stop, index=index, seed=seed, num_prompt=num_prompt
             )
             generation.max_tokens = max_tokens
-            generation.stream = client.submit(
-                lambda sequence_id, sampling=sampling: convert.sequence(sequence_id, common, sampling), mailbox
-            )
+            generation.stream = client.submit(partial(convert.sequence, common, sampling), mailbox)
             generations.append(generation)
         return generations

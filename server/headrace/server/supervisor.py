@@ -1,8 +1,8 @@
 """Keeps one engine process alive: spawns it, watches it, starts a new one when it dies or hangs.
 
-Owned by `model_host.ModelHost`. The engine is spawned, never forked (gRPC's threads do not survive a fork), gets its socket
-as an inherited descriptor, and is killed by the kernel with this process. A front end that keeps its engine dying would burn
-a machine for nothing: more than so many restarts in a minute and the model is FAILED for good.
+Owned by `model_host.ModelHost`. The engine is spawned, never forked (gRPC's threads do not survive a fork), gets its
+socket as an inherited descriptor, and is killed by the kernel with this process. A front end that keeps its engine
+dying would burn a machine for nothing: more than so many restarts in a minute and the model is FAILED for good.
 """
 
 from __future__ import annotations

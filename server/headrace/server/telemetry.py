@@ -1,8 +1,8 @@
 """OpenTelemetry traces: one span per RPC, as a child of the caller's.
 
-`rpc.py` opens and ends the spans. opentelemetry-instrumentation-grpc is not used: it breaks streaming handlers that write
-(health Watch among them) and records failures as status 0. Attribute names: OpenTelemetry's RPC conventions (release
-candidate: rpc.method is the full name) and its GenAI ones. Prompts and answers are never recorded.
+`rpc.py` opens and ends the spans. opentelemetry-instrumentation-grpc is not used: it breaks streaming handlers that
+write (health Watch among them) and records failures as status 0. Attribute names: OpenTelemetry's RPC conventions
+(release candidate: rpc.method is the full name) and its GenAI ones. Prompts and answers are never recorded.
 """
 
 from __future__ import annotations
@@ -58,14 +58,12 @@ def use_provider(provider: TracerProvider | None) -> None:
 
 
 @contextmanager
-def server_span(
-    method: str, metadata: Sequence[tuple[str, str | bytes]] | None, *, is_recorded: bool
-) -> Iterator[Span]:
+def server_span(method: str, metadata: Sequence[tuple[str, str | bytes]], *, is_recorded: bool) -> Iterator[Span]:
     """The span of one RPC, a child of the traceparent in its metadata."""
     if not is_recorded:
         yield trace.INVALID_SPAN
         return
-    carrier = {key: value for key, value in metadata or () if isinstance(value, str)}
+    carrier = {key: value for key, value in metadata if isinstance(value, str)}
     tracer = trace.get_tracer("headrace", tracer_provider=_provider)
     attributes = {"rpc.system.name": "grpc", "rpc.method": method}
     with tracer.start_as_current_span(

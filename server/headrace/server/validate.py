@@ -1,8 +1,8 @@
 """The one validator: every field of every request at its limits, before anything is allocated or computed for it.
 
-Called by every entry point with the parsed message; raises InvalidRequestError with ALL faults of the request. Limits are
-those of the comments in protos/headrace/v1/inference.proto. What depends on the tokenised prompt (does it fit into the
-context?) is checked by `check_length` afterwards.
+Called by every entry point with the parsed message; raises InvalidRequestError with ALL faults of the request. Limits
+are those of the comments in protos/headrace/v1/inference.proto. What depends on the tokenised prompt (does it fit into
+the context?) is checked by `check_length` afterwards.
 """
 
 from __future__ import annotations
