@@ -1,9 +1,9 @@
 """Records what llama.cpp says about tokens and perplexity, as data for our tests; run by hand, never by CI.
 
     pip install llama-cpp-python==0.3.36 gguf==0.19.0
-    python bench/peers/record_llama_cpp.py MODEL.gguf [--only tokens|sentencepiece|perplexity]
+    python bench/peers/record_llama_cpp.py MODEL.gguf [--only tokens|pre|sentencepiece|perplexity]
 
-MODEL is the catalogue's smollm2-135m-instruct. Three files are written to tests/data; its README describes them. All
+MODEL is the catalogue's smollm2-135m-instruct. Four files are written to tests/data; its README describes them. All
 inputs are seeded: a second run on the same versions writes the same files, but for the date.
 """
 
@@ -20,20 +20,22 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from record_strings import sentencepiece_strings, unicode_strings
-from record_vocabulary import SentencePieceVocabulary, train_vocabulary, write_vocabulary
+from record_vocabulary import SentencePieceVocabulary, copy_vocabulary, train_vocabulary, write_vocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "tests" / "data"
 SEED = 20250607
 WINDOWS, WINDOW_TOKENS = 4, 512
+PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o", "default")  # one of each family
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--only", choices=["tokens", "sentencepiece", "perplexity"])
+    parser.add_argument("--only", choices=["tokens", "pre", "sentencepiece", "perplexity"])
     arguments = parser.parse_args()
     recorders: dict[str, Callable[[Path], dict[str, Any]]] = {
         "tokens": record_tokens,
+        "pre": record_pre_tokenizers,
         "sentencepiece": record_sentencepiece,
         "perplexity": record_perplexity,
     }
@@ -50,6 +52,19 @@ def record_tokens(model: Path) -> dict[str, Any]:
             "seed": SEED,
             "cases": [[text, vocabulary.tokenize(text, parse_special=False)] for text in unicode_strings(SEED, 1000)],
         }
+
+
+def record_pre_tokenizers(model: Path) -> dict[str, Any]:
+    """SmolLM2's vocabulary under other pre-tokenizer names: what differs is where words are cut."""
+    strings = unicode_strings(SEED + 1, 150)
+    cases = []
+    for name in PRE_TOKENIZERS:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "vocabulary.gguf"
+            copy_vocabulary(model, path, name)
+            with Vocabulary(path) as vocabulary:
+                cases.append({"pre": name, "tokens": [vocabulary.tokenize(text, False) for text in strings]})
+    return {"model_sha256": digest(model), "seed": SEED + 1, "strings": strings, "cases": cases}
 
 
 def record_sentencepiece(_model: Path) -> dict[str, Any]:

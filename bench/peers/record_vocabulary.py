@@ -1,10 +1,12 @@
-"""A small SentencePiece-like vocabulary for `record_llama_cpp.py`, laid out as Llama 2's is.
+"""Vocabularies without a model for `record_llama_cpp.py`, as GGUF files that llama.cpp opens with `vocab_only`.
 
-Ids: unknown, start, end; 256 bytes; learnt pieces, best score first; single characters last.
+The small SentencePiece one is laid out as Llama 2's is: unknown, start, end; 256 bytes; learnt pieces, best score
+first; single characters last.
 """
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -30,7 +32,7 @@ def train_vocabulary(text: str) -> SentencePieceVocabulary:
     while len(learnt) < _PIECES:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in split.items():
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in pairwise(parts):
                 pairs[pair] += words[word]
         (left, right), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
         learnt.append(left + right)
@@ -47,13 +49,8 @@ def train_vocabulary(text: str) -> SentencePieceVocabulary:
 
 
 def write_vocabulary(path: Path, vocabulary: SentencePieceVocabulary, has_space_prefix: bool) -> None:
-    """A GGUF file that llama.cpp opens with `vocab_only`."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(512)
-    writer.add_embedding_length(8)
-    writer.add_block_count(1)
-    writer.add_head_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
+    """A SentencePiece vocabulary as a GGUF file."""
+    writer = _writer(path)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(vocabulary.texts)
@@ -63,6 +60,34 @@ def write_vocabulary(path: Path, vocabulary: SentencePieceVocabulary, has_space_
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_add_space_prefix(has_space_prefix)
+    _finish(writer)
+
+
+def copy_vocabulary(model: Path, path: Path, pre_tokenizer: str) -> None:
+    """The byte-level vocabulary of a model file, under another pre-tokenizer."""
+    fields = gguf.GGUFReader(model).fields
+    writer = _writer(path)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer)
+    writer.add_token_list(fields["tokenizer.ggml.tokens"].contents())
+    writer.add_token_types(fields["tokenizer.ggml.token_type"].contents())
+    writer.add_token_merges(fields["tokenizer.ggml.merges"].contents())
+    writer.add_bos_token_id(fields["tokenizer.ggml.bos_token_id"].contents())
+    writer.add_eos_token_id(fields["tokenizer.ggml.eos_token_id"].contents())
+    _finish(writer)
+
+
+def _writer(path: Path) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(512)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    return writer
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
