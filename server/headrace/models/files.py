@@ -69,7 +69,7 @@ def read_small(path: Path, limit: int) -> bytes:
     """The bytes of a regular file that must not be larger than `limit`. Raises ModelFileError."""
     fd = open_regular(path)
     with os.fdopen(fd, "rb") as stream:
-        data = stream.read(limit + 1)
-    if len(data) > limit:
-        raise ModelFileError(f"{path.name}: is larger than {limit} bytes")
-    return data
+        size = os.fstat(fd).st_size
+        if size > limit:
+            raise ModelFileError(f"{path.name}: is larger than {limit} bytes")
+        return stream.read(size)
