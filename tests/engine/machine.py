@@ -93,13 +93,19 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
-        pool_tokens=st.integers(12, 60),
+        pool_tokens=st.sampled_from([16, 24, 31, 40, 60]),
         num_seqs=st.integers(1, 5),
         budget=st.integers(0, 12),
         rows=st.integers(0, 4),
         has_cache=st.sampled_from([True, True, True, False]),
     )
     def start(self, block_size: int, pool_tokens: int, num_seqs: int, budget: int, rows: int, has_cache: bool) -> None:
+        self.set_up(block_size, pool_tokens, num_seqs, budget, rows, has_cache)
+
+    def set_up(
+        self, block_size: int, pool_tokens: int, num_seqs: int, budget: int, rows: int = 2, has_cache: bool = True
+    ) -> None:
+        """An idle engine. budget and rows (of logits): what a step may have beyond one per running sequence."""
         num_blocks = pool_tokens // block_size + 1
         self.config = EngineConfig(
             num_blocks=num_blocks,
@@ -127,27 +133,25 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(
         base=st.integers(0, 2),
-        length=st.integers(0, 24),
+        length=st.sampled_from([*range(11), 16, 24]),
         tail=st.lists(st.integers(0, 2), max_size=2),
-        salt=st.sampled_from(["", "", "", "a", "b"]),
+        salts=st.sampled_from([("",), ("", ""), ("", "", ""), ("a",), ("", "a"), ("a", "b", "a")]),
         max_tokens=st.integers(1, 30),
         stop=st.sampled_from(STOP_TOKENS),
         options=st.integers(0, 31),
-        copies=st.integers(1, 3),
     )
     def add(
         self,
         base: int,
         length: int,
         tail: list[int],
-        salt: str,
+        salts: tuple[str, ...],
         max_tokens: int,
         stop: tuple[int, ...],
         options: int,
-        copies: int,
     ) -> None:
-        """options: bits for a deadline (2), minimum (1), log-probabilities (1), scoring (1)."""
-        for _ in range(copies):
+        """options: bits for a deadline (2), minimum (1), log-probabilities (1); above 28: scoring."""
+        for salt in salts:
             number = len(self.seqs)
             request = SequenceRequest(
                 id=number,
@@ -161,7 +165,7 @@ class EngineMachine(RuleBasedStateMachine):
                 ),
                 salt=salt,
                 deadline=self.now + max_tokens * STEP_SECONDS if options & 3 == 3 else None,
-                score=options & 16 == 16 and max_tokens > 12,
+                score=options >= 28,
                 arrival=self.now,
             )
             self.add_request(request)
@@ -381,3 +385,19 @@ class EngineMachine(RuleBasedStateMachine):
         for name in ("live", "waiting", "running", "parked", "idle_holders", "outputs"):
             assert not getattr(scheduler, name), f"14: {name} is not empty at the end"
         assert not blocks.pending, "14: blocks are pending at the end"
+
+
+class PressureMachine(EngineMachine):
+    """A pool that holds little more than one sequence, and steps that compute little: preemption all the time."""
+
+    @initialize(pool_tokens=st.integers(18, 30), budget=st.integers(0, 1))
+    def start(self, pool_tokens: int, budget: int) -> None:  # type: ignore[override]
+        self.set_up(block_size=1, pool_tokens=pool_tokens, num_seqs=4, budget=budget)
+
+
+class RoomyMachine(EngineMachine):
+    """A pool in which every prefix stays cached: hits all the time."""
+
+    @initialize(budget=st.integers(4, 12))
+    def start(self, budget: int) -> None:  # type: ignore[override]
+        self.set_up(block_size=2, pool_tokens=200, num_seqs=3, budget=budget)

@@ -14,10 +14,11 @@ from headrace.engine.types import FinishReason
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.engine.machine import EngineMachine, WatchedScheduler
+from tests.engine.machine import EngineMachine, PressureMachine, RoomyMachine, WatchedScheduler
 
 TestEngine = EngineMachine.TestCase
-TestEngine.pytestmark = [pytest.mark.timeout(600)]
+TestEngineUnderPressure = PressureMachine.TestCase
+TestEngine.pytestmark = TestEngineUnderPressure.pytestmark = [pytest.mark.timeout(600)]
 
 
 class ForgetsOneFree(BlockManager):
@@ -174,33 +175,33 @@ class RunsTooMany(WatchedScheduler):
             object.__setattr__(self.config, "max_num_seqs", self.config.max_num_seqs - 1)
 
 
-FAULTS = [
-    ForgetsOneFree,
-    FreesTwice,
-    HandsOutOwnedBlock,
-    HandsOutNullBlock,
-    EvictsSharedBlock,
-    IgnoresSalt,
-    IgnoresParent,
-    HitsWholePrompt,
-    KeepsComputedCount,
-    KeepsNanBlocks,
-    RegistersBeforeSuccess,
-    AnswersTwice,
-    NeverAnswersCancelled,
-    SchedulesExpired,
-    SchedulesParked,
-    Thrashes,
-    ServesLastComeFirst,
-    ForgetsParked,
-    LosesTokens,
-    RunsTooMany,
-]
+FAULTS: dict[type[BlockManager | WatchedScheduler], type[EngineMachine]] = {
+    ForgetsOneFree: EngineMachine,
+    FreesTwice: EngineMachine,
+    HandsOutOwnedBlock: EngineMachine,
+    HandsOutNullBlock: PressureMachine,
+    EvictsSharedBlock: RoomyMachine,
+    IgnoresSalt: RoomyMachine,
+    IgnoresParent: RoomyMachine,
+    HitsWholePrompt: EngineMachine,
+    KeepsComputedCount: PressureMachine,
+    KeepsNanBlocks: RoomyMachine,
+    RegistersBeforeSuccess: RoomyMachine,
+    AnswersTwice: EngineMachine,
+    NeverAnswersCancelled: EngineMachine,
+    SchedulesExpired: EngineMachine,
+    SchedulesParked: EngineMachine,
+    Thrashes: PressureMachine,
+    ServesLastComeFirst: EngineMachine,
+    ForgetsParked: EngineMachine,
+    LosesTokens: PressureMachine,
+    RunsTooMany: EngineMachine,
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_the_machine_finds_planted_faults(fault: type[BlockManager] | type[WatchedScheduler]) -> None:
-    class Faulty(EngineMachine):
+    class Faulty(FAULTS[fault]):  # type: ignore[misc]
         if issubclass(fault, BlockManager):
             blocks_class = fault
         else:
