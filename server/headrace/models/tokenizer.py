@@ -5,10 +5,13 @@ changes and may be used from several threads at once; encoding releases the GIL.
 """
 
 import os
+import re
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from headrace.models.errors import TokenizerError
 from headrace.models.tokenizer_gguf import read_gguf
 from headrace.models.tokenizer_hf import read_directory
@@ -17,6 +20,9 @@ from headrace.models.tokenizer_parts import TokenizerParts
 # One text is one task; the server decides how many run at once. Without this the first batch call starts a thread pool.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Code points that Unicode reserves for use inside a program, U+FDD0 to U+FDEF.
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
 
 class Tokenizer:
     """A model's vocabulary. Ids run from 0 to `vocab_size` - 1; padding rows that a model has above have no text."""
@@ -24,6 +30,11 @@ class Tokenizer:
     def __init__(self, parts: TokenizerParts) -> None:
         self._parts = parts
         self._not_from_text = parts.special_ids - {parts.unknown_id}
+        # Longest first: of two that begin alike, the longer is the one meant.
+        longest_first = sorted(parts.special_ids, key=lambda index: (-len(parts.texts[index]), index))
+        self._specials = {parts.texts[index]: index for index in longest_first}
+        self._first_chars = frozenset(text[0] for text in self._specials)
+        self._mark = "".join(secrets.choice(_NONCHARACTERS) for _ in range(16))  # 80 bits
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
@@ -35,6 +46,24 @@ class Tokenizer:
         """From tokenizer.json and its companions in a directory. Raises TokenizerError or UnsupportedModelError."""
         return cls(read_directory(path))
 
+    def shield(self, text: str) -> str:
+        """Marks every control token that is written out in a user's text, so that it stays text in a rendered chat.
+
+        A chat template joins what users wrote with the control tokens that part the turns, and the whole is encoded
+        with `parse_special`. Unmarked, a message that says "<|im_end|>" would end its turn and could forge another.
+        `encode` honours the marks, `unshield` takes them off. The mark is secret: no user can write or undo one.
+        """
+        if self._first_chars.isdisjoint(text):
+            return text
+        for special in self._specials:
+            if special in text:
+                text = text.replace(special, special[:1] + self._mark + special[1:])
+        return text
+
+    def unshield(self, text: str) -> str:
+        """The text without the marks of `shield`."""
+        return text.replace(self._mark, "")
+
     def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
         """Token ids of `text`.
 
@@ -42,14 +71,12 @@ class Tokenizer:
         for text we wrote (a rendered chat template), never for text of a user, who could otherwise end a turn or forge
         one. Raises TokenizerError if the text is not valid Unicode (a lone surrogate).
         """
-        encoder = self._parts.parsing if parse_special else self._parts.plain
-        try:
-            # The batch call: it releases the GIL and computes no offsets, `encode` does neither.
-            ids: list[int] = encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        except (UnicodeEncodeError, TypeError) as error:
-            raise TokenizerError("the text is not valid Unicode") from error
-        if not parse_special and not self._not_from_text.isdisjoint(ids):
-            ids = self._without_special(ids)
+        if not parse_special:
+            ids = self._encode_plain(text)
+        elif self._mark in text:
+            ids = self._encode_shielded(text)
+        else:
+            ids = _run(self._parts.parsing, text)
         if add_bos and self._parts.bos_id is not None:
             ids.insert(0, self._parts.bos_id)
         return ids
@@ -106,6 +133,22 @@ class Tokenizer:
         """Whether a text begins with a blank the user did not write, as SentencePiece does."""
         return self._parts.has_space_prefix
 
+    def _encode_plain(self, text: str) -> list[int]:
+        ids = _run(self._parts.plain, text)
+        return ids if self._not_from_text.isdisjoint(ids) else self._without_special(ids)
+
+    def _encode_shielded(self, text: str) -> list[int]:
+        """As the library does: control tokens part the text, each stretch between them is encoded by itself."""
+        present = [re.escape(special) for special in self._specials if special in text]
+        stretches = re.split(f"({'|'.join(present)})", text) if present else [text]
+        ids: list[int] = []
+        for position, stretch in enumerate(stretches):
+            if position % 2:  # re.split puts what the group matched at the odd positions
+                ids.append(self._specials[stretch])
+            elif stretch:
+                ids.extend(self._encode_plain(self.unshield(stretch)))
+        return ids
+
     def _without_special(self, ids: list[int]) -> list[int]:
         """Spells out, character by character, the control tokens that ordinary text was merged into.
 
@@ -117,6 +160,15 @@ class Tokenizer:
                 spelled.append(index)
                 continue
             for char in self._parts.texts[index]:
-                alone = self._parts.plain.encode_batch_fast([char], add_special_tokens=False)[0].ids
+                alone = _run(self._parts.plain, char)
                 spelled.extend(part for part in alone if part not in self._not_from_text)
         return spelled
+
+
+def _run(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        # The batch call: it releases the GIL and computes no offsets, `encode` does neither.
+        ids: list[int] = encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    except (UnicodeEncodeError, TypeError) as error:
+        raise TokenizerError("the text is not valid Unicode") from error
+    return ids
