@@ -16,7 +16,7 @@ from pathlib import Path
 
 from headrace.models.errors import SourceError
 from headrace.models.progress import OnProgress, Progress
-from headrace.models.safetensors_dir import PICKLE_SUFFIXES
+from headrace.models.safetensors_dir import PICKLE_SUFFIXES, has_safetensors
 from headrace.models.wheel_source import tree_bytes
 
 _POLL_SECONDS = 0.2
@@ -60,7 +60,7 @@ def fetch(spec: str, on_progress: OnProgress) -> Path:
     from huggingface_hub import errors
 
     try:
-        snapshot = _download(wanted, on_progress)
+        return _download(spec, wanted, on_progress)
     except SourceError:
         raise
     except errors.GatedRepoError as error:
@@ -75,7 +75,6 @@ def fetch(spec: str, on_progress: OnProgress) -> Path:
         raise SourceError(
             f"{spec}: the download failed ({type(error).__name__}, huggingface_hub {hub.__version__})"
         ) from error
-    return snapshot if wanted.file is None else snapshot / wanted.file
 
 
 def choose(spec: str, names: Sequence[str], file: str | None) -> list[str]:
@@ -101,14 +100,13 @@ def choose(spec: str, names: Sequence[str], file: str | None) -> list[str]:
     raise SourceError(f"{spec}: holds neither safetensors nor GGUF files")
 
 
-def _download(wanted: HubSpec, on_progress: OnProgress) -> Path:
+def _download(spec: str, wanted: HubSpec, on_progress: OnProgress) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import errors
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # the caller draws its own
     endpoint, cache = os.environ.get("HF_ENDPOINT") or None, cache_directory()
-    spec = f"hf://{wanted.repository}"
     try:
         info = hub.HfApi(endpoint=endpoint).model_info(
             wanted.repository, revision=wanted.revision, files_metadata=True, timeout=30
@@ -118,11 +116,10 @@ def _download(wanted: HubSpec, on_progress: OnProgress) -> Path:
     except Exception:  # no network: what the cache holds will do
         # The library would call a snapshot incomplete for lack of the files that `choose` left out, so it is asked for
         # none; the loaders name what is missing.
-        return Path(
-            hub.snapshot_download(
-                wanted.repository, revision=wanted.revision, cache_dir=cache, local_files_only=True, allow_patterns=[]
-            )
+        path = hub.snapshot_download(
+            wanted.repository, revision=wanted.revision, cache_dir=cache, local_files_only=True, allow_patterns=[]
         )
+        return _in_snapshot(spec, Path(path), wanted.file)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     names = choose(spec, list(sizes), wanted.file)
     if any(not re.fullmatch(r"[\w\-./]+", name, re.ASCII) for name in names):
@@ -136,7 +133,15 @@ def _download(wanted: HubSpec, on_progress: OnProgress) -> Path:
             endpoint=endpoint,
             allow_patterns=names,
         )
-    return Path(path)
+    return Path(path, names[0]) if names[0].endswith(".gguf") else Path(path)
+
+
+def _in_snapshot(spec: str, snapshot: Path, file: str | None) -> Path:
+    """What an earlier fetch left of this repository: the snapshot of a safetensors model, or a GGUF file in it."""
+    if file is None and has_safetensors(snapshot):
+        return snapshot
+    names = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()]
+    return snapshot / choose(spec, names, file)[0]
 
 
 @contextmanager
@@ -161,7 +166,7 @@ def _watched(directory: Path, total: int, on_progress: OnProgress) -> Iterator[N
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A snapshot in the cache that can be served."""
+    """A model in the cache: the directory of a snapshot, or a GGUF file of one."""
 
     spec: str
     path: Path
@@ -169,7 +174,7 @@ class CachedModel:
 
 
 def cached() -> list[CachedModel]:
-    """The models of the Hugging Face cache that hold safetensors or GGUF files, by name."""
+    """What the Hugging Face cache holds of safetensors models and GGUF files, by name."""
     directory = cache_directory()
     if not directory.is_dir():
         return []
@@ -180,9 +185,16 @@ def cached() -> list[CachedModel]:
         if repository.repo_type != "model":
             continue
         for revision in repository.revisions:
-            if any(file.file_name.endswith((".safetensors", ".gguf")) for file in revision.files):
-                at = next(iter(sorted(revision.refs)), revision.commit_hash)
-                suffix = "" if at == "main" else f"@{at}"
-                spec = f"hf://{repository.repo_id}{suffix}"
-                found.append(CachedModel(spec, revision.snapshot_path, revision.size_on_disk))
+            at = min(revision.refs, default=revision.commit_hash)
+            suffix = "" if "main" in revision.refs else f"@{at}"
+            base = f"hf://{repository.repo_id}"
+            if has_safetensors(revision.snapshot_path):
+                found.append(CachedModel(base + suffix, revision.snapshot_path, revision.size_on_disk))
+            found += [
+                CachedModel(
+                    f"{base}/{file.file_path.relative_to(revision.snapshot_path)}{suffix}", file.file_path, size
+                )
+                for file in revision.files
+                if file.file_name.endswith(".gguf") and (size := file.size_on_disk)
+            ]
     return sorted(found, key=lambda model: model.spec)

