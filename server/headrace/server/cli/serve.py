@@ -1,0 +1,62 @@
+"""`headrace serve`: fetches the model, starts the server, says what to try next, and drains on SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+from headrace.server.cli import serve_options as option
+
+
+def serve(
+    model: option.Model = "smollm2-135m-instruct",
+    name: option.Name = "",
+    host: option.Host = "127.0.0.1",
+    port: option.Port = 50051,
+    threads: option.Threads = 0,
+    max_num_seqs: option.MaxNumSeqs = 64,
+    max_num_batched_tokens: option.MaxNumBatchedTokens = 512,
+    max_model_len: option.MaxModelLen = 0,
+    kv_cache_tokens: option.KvCacheTokens = 0,
+    prefix_cache: option.PrefixCache = True,
+    max_live_sequences: option.MaxLiveSequences = 256,
+    max_live_tokens: option.MaxLiveTokens = 1 << 20,
+    default_deadline: option.DefaultDeadline = 600.0,
+    stall_timeout: option.StallTimeout = 10.0,
+    lame_duck: option.LameDuck = 2.0,
+    drain_deadline: option.DrainDeadline = 30.0,
+    reflection: option.Reflection = True,
+    channelz: option.Channelz = False,
+    log_format: option.LogFormat = "text",
+    as_json: option.Json = False,
+) -> None:
+    """Serve a model over gRPC until SIGTERM or Ctrl-C, then drain. Every option is also an environment variable.
+
+    - **headrace serve** (the default model on 127.0.0.1:50051)
+
+    - **headrace serve --model ./model.gguf --host 0.0.0.0 --port 8001**
+
+    - **HEADRACE_MAX_NUM_SEQS=8 headrace serve --json**
+    """
+    from headrace.server.cli import hardware, running
+    from headrace.server.config import ServerConfig
+
+    config = ServerConfig(
+        model=model,
+        model_name=name,
+        host=host,
+        port=port,
+        num_threads=threads or hardware.choose_threads(hardware.detect_machine()).count,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        num_blocks=-(-kv_cache_tokens // ServerConfig.block_size),
+        enable_prefix_cache=prefix_cache,
+        max_live_sequences=max_live_sequences,
+        max_live_tokens=max_live_tokens,
+        default_deadline=default_deadline,
+        stall_timeout=stall_timeout,
+        lame_duck=lame_duck,
+        drain_deadline=drain_deadline,
+        enable_reflection=reflection,
+        enable_channelz=channelz,
+        log_format=log_format,
+    )
+    running.serve_until_told(config, as_json=as_json)

@@ -1,0 +1,157 @@
+"""The options of `headrace serve`: settings of ServerConfig that an operator turns, environment variables too.
+
+ServerConfig checks the values, all at once; what is written here is the name, the help and where it is listed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+_ENGINE, _LIMITS, _TIMES, _OPERATION = "Engine", "Limits", "Times (seconds)", "Operation"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="HEADRACE_MODEL",
+        help="A name from `headrace models`, a GGUF file, a Hugging Face directory, or hf://owner/name[@revision].",
+    ),
+]
+Name = Annotated[
+    str, typer.Option("--name", envvar="HEADRACE_NAME", help="Name that clients use. Default: made from the model.")
+]
+Host = Annotated[str, typer.Option("--host", envvar="HEADRACE_HOST", help="Address to listen on.")]
+Port = Annotated[int, typer.Option("--port", "-p", envvar="HEADRACE_PORT", help="0 takes any free port.")]
+Threads = Annotated[
+    int,
+    typer.Option(
+        "--threads",
+        envvar="HEADRACE_THREADS",
+        rich_help_panel=_ENGINE,
+        help="Threads that compute. 0: as `headrace doctor` says.",
+    ),
+]
+MaxNumSeqs = Annotated[
+    int,
+    typer.Option(
+        "--max-num-seqs", envvar="HEADRACE_MAX_NUM_SEQS", rich_help_panel=_ENGINE, help="Sequences that run at once."
+    ),
+]
+MaxNumBatchedTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-num-batched-tokens",
+        envvar="HEADRACE_MAX_NUM_BATCHED_TOKENS",
+        rich_help_panel=_ENGINE,
+        help="Token budget of a step: more fills prompts faster, less keeps streams even.",
+    ),
+]
+MaxModelLen = Annotated[
+    int,
+    typer.Option(
+        "--max-model-len",
+        envvar="HEADRACE_MAX_MODEL_LEN",
+        rich_help_panel=_ENGINE,
+        help="Most tokens of a prompt and its output. 0: the model's context.",
+    ),
+]
+KvCacheTokens = Annotated[
+    int,
+    typer.Option(
+        "--kv-cache-tokens",
+        envvar="HEADRACE_KV_CACHE_TOKENS",
+        rich_help_panel=_ENGINE,
+        help="Tokens whose keys and values are kept. 0: chosen by the engine.",
+    ),
+]
+PrefixCache = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        envvar="HEADRACE_PREFIX_CACHE",
+        rich_help_panel=_ENGINE,
+        help="Reuse the blocks of prompts that begin alike.",
+    ),
+]
+MaxLiveSequences = Annotated[
+    int,
+    typer.Option(
+        "--max-live-sequences",
+        envvar="HEADRACE_MAX_LIVE_SEQUENCES",
+        rich_help_panel=_LIMITS,
+        help="Sequences that may run or wait; more are refused with RESOURCE_EXHAUSTED.",
+    ),
+]
+MaxLiveTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-live-tokens",
+        envvar="HEADRACE_MAX_LIVE_TOKENS",
+        rich_help_panel=_LIMITS,
+        help="Tokens of their prompts and outputs together.",
+    ),
+]
+DefaultDeadline = Annotated[
+    float,
+    typer.Option(
+        "--default-deadline",
+        envvar="HEADRACE_DEFAULT_DEADLINE",
+        rich_help_panel=_TIMES,
+        help="For calls that set none.",
+    ),
+]
+StallTimeout = Annotated[
+    float,
+    typer.Option(
+        "--stall-timeout",
+        envvar="HEADRACE_STALL_TIMEOUT",
+        rich_help_panel=_TIMES,
+        help="A reader that is this long behind is cut off.",
+    ),
+]
+LameDuck = Annotated[
+    float,
+    typer.Option(
+        "--lame-duck",
+        envvar="HEADRACE_LAME_DUCK",
+        rich_help_panel=_TIMES,
+        help="Told to stop: from health saying NOT_SERVING to refusing new calls.",
+    ),
+]
+DrainDeadline = Annotated[
+    float,
+    typer.Option(
+        "--drain-deadline", envvar="HEADRACE_DRAIN_DEADLINE", rich_help_panel=_TIMES, help="Then for what still runs."
+    ),
+]
+Reflection = Annotated[
+    bool,
+    typer.Option(
+        "--reflection/--no-reflection",
+        envvar="HEADRACE_REFLECTION",
+        rich_help_panel=_OPERATION,
+        help="Let grpcurl and others ask what the server offers.",
+    ),
+]
+Channelz = Annotated[
+    bool,
+    typer.Option(
+        "--channelz/--no-channelz",
+        envvar="HEADRACE_CHANNELZ",
+        rich_help_panel=_OPERATION,
+        help="Offer gRPC's own connection statistics.",
+    ),
+]
+LogFormat = Annotated[
+    Literal["text", "json"],
+    typer.Option(
+        "--log-format",
+        envvar="HEADRACE_LOG_FORMAT",
+        rich_help_panel=_OPERATION,
+        help="Form of the log on standard error.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="When ready, print one line of JSON: target, model, process id.")]
