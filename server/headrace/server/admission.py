@@ -6,6 +6,7 @@ without asking the engine, in sequences and in tokens; they tell the client when
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Admission:
         self.is_draining = False
         self.on_drain: set[Callable[[], None]] = set()  # called once when draining begins
         self._live: set[RequestGuard] = set()
+        self._idle = asyncio.Event()
 
     def open(self, num_sequences: int) -> RequestGuard:
         """A guard for a request of so many sequences. Raises OverloadedError, or ServerError DRAINING."""
@@ -66,6 +68,12 @@ class Admission:
         self.is_draining = True
         for callback in list(self.on_drain):
             callback()
+
+    async def wait_idle(self) -> None:
+        """Until no guard is open."""
+        while self._live:
+            self._idle.clear()
+            await self._idle.wait()
 
     def stats(self) -> AdmissionStats:
         """A snapshot."""
@@ -92,6 +100,7 @@ class Admission:
         if guard not in self._live:
             return
         self._live.remove(guard)
+        self._idle.set()
         self._num_closed += 1
         self._num_sequences -= guard.num_sequences
         self._num_tokens -= guard.num_tokens

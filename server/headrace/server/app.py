@@ -33,6 +33,7 @@ from headrace.v1 import inference_pb2, models_pb2
 
 log = logging.getLogger("headrace.server")
 
+_LAST_WORDS_SECONDS = 1.0
 _NO_LIMIT = 10.0 * 365 * 86400  # seconds: probes and reflection streams end when their client ends them
 
 
@@ -75,14 +76,16 @@ class RunningServer:
         self.host.drain()
         await _wait(hurry, self.config.lame_duck)
         self.admission.drain()
-        grace = 0.0 if hurry.is_set() else self.config.drain_deadline
-        stopping = asyncio.ensure_future(self._server.stop(grace))
+        stopping = asyncio.ensure_future(self._server.stop(0.0 if hurry.is_set() else self.config.drain_deadline))
         hurried = asyncio.ensure_future(hurry.wait())
-        await asyncio.wait((stopping, hurried), return_when=asyncio.FIRST_COMPLETED)
-        hurried.cancel()
-        if not stopping.done():
-            await self._server.stop(0)
+        idle = asyncio.ensure_future(self.admission.wait_idle())
+        await asyncio.wait((stopping, hurried, idle), return_when=asyncio.FIRST_COMPLETED)
+        self.health.end_watches()
+        if not stopping.done():  # what is left are last words, and streams that nobody works for (reflection)
+            await self._server.stop(0.0 if hurry.is_set() else _LAST_WORDS_SECONDS)
         await stopping
+        for task in (hurried, idle):
+            task.cancel()
 
 
 @asynccontextmanager
@@ -120,6 +123,16 @@ async def start_server(
         model.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await model
+
+
+def run_server(config: ServerConfig, on_listen: Callable[[RunningServer], None] | None = None) -> int:
+    """`serve_forever` on an event loop of its own; uvloop's where it is installed, which costs a third less per
+    message."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(serve_forever(config, on_listen))
+    return uvloop.run(serve_forever(config, on_listen))
 
 
 async def serve_forever(config: ServerConfig, on_listen: Callable[[RunningServer], None] | None = None) -> int:
@@ -205,7 +218,8 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # Envoy's own keepalive must not be punished
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_connection_idle_ms", 300_000),
-        ("grpc.max_connection_age_ms", 1_800_000),  # lets load balancers spread connections anew; streams may finish
+        ("grpc.max_connection_age_ms", 1_800_000),  # lets load balancers spread connections anew
+        ("grpc.max_connection_age_grace_ms", round(config.max_deadline * 1000)),  # running calls may finish
         ("grpc.server_handshake_timeout_ms", 5_000),
         ("grpc.so_reuseport", 0),
         ("grpc.enable_channelz", int(config.enable_channelz)),

@@ -37,6 +37,9 @@ PROMPT_TOO_LONG = ErrorKind(
 TEMPLATE_REFUSED = ErrorKind(
     "TEMPLATE_REFUSED", _C.INVALID_ARGUMENT, "The model's chat template does not accept these messages."
 )
+TEMPLATE_FAILED = ErrorKind(
+    "TEMPLATE_FAILED", _C.FAILED_PRECONDITION, "The model's chat template cannot render these messages."
+)
 NO_CHAT_TEMPLATE = ErrorKind("NO_CHAT_TEMPLATE", _C.FAILED_PRECONDITION, "The model has no chat template.")
 MODEL_NOT_FOUND = ErrorKind("MODEL_NOT_FOUND", _C.NOT_FOUND, "This server has no model of that name.")
 MODEL_LOADING = ErrorKind("MODEL_LOADING", _C.UNAVAILABLE, "The model is being loaded.", is_retryable=True)

@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
-from headrace.server.errors import ErrorKind, ServerError
+from headrace.server.errors import DRAINING, ErrorKind, ServerError
 from headrace.server.rpc import Call, Implementation
 
 SERVICE_NOT_KNOWN = ErrorKind(
@@ -30,6 +30,7 @@ class Health:
         """names: all that Check will know, NOT_SERVING until `set_serving`. pool: where HealthListResponse is found."""
         self._statuses = dict.fromkeys(names, _Status.NOT_SERVING)
         self._changed = asyncio.Event()
+        self._is_ending = False
         self._response_class = GetMessageClass(pool.FindMessageTypeByName("grpc.health.v1.HealthCheckResponse"))
         self._list_class = GetMessageClass(pool.FindMessageTypeByName("grpc.health.v1.HealthListResponse"))
 
@@ -51,6 +52,11 @@ class Health:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
+    def end_watches(self) -> None:
+        """End all Watch streams: an open one would hold up the server's exit."""
+        self._is_ending = True
+        self._changed.set()
+
     async def check(self, request: health_pb2.HealthCheckRequest, call: Call) -> Message:
         """The status of one name. Unknown: NOT_FOUND."""
         status = self._statuses.get(request.service)
@@ -61,13 +67,14 @@ class Health:
     async def watch(self, request: health_pb2.HealthCheckRequest, call: Call) -> None:
         """The status of one name, now and after every change. Unknown: SERVICE_UNKNOWN."""
         last = None
-        while True:
+        while not self._is_ending:
             changed = self._changed
             status = self._statuses.get(request.service, _Status.SERVICE_UNKNOWN)
             if status != last:
                 await call.write(self._response_class(status=status))
                 last = status
             await changed.wait()
+        raise ServerError(DRAINING)
 
     async def list(self, _: Message, call: Call) -> Message:
         """All names."""

@@ -19,6 +19,7 @@ from headrace.server.engine_client import Mailbox, TokenStream
 from headrace.server.errors import ServerError
 from headrace.server.generation import Chunk, ExpiredError, Generation
 from headrace.server.model_host import ModelHost
+from headrace.server.prompts import INLINE_TOKENS
 from headrace.server.rpc import Call, Implementation
 from headrace.server.starter import Start, Starter
 from headrace.v1 import inference_pb2 as pb
@@ -104,10 +105,14 @@ class InferenceService:
     async def detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:
         """The text of ids."""
         validate.check_model(request.model, self._host.name)
-        validate.detokenize(request, self._host.limits())
+        limits, prompts = self._host.limits(), self._host.prompts()
         with self._admission.open(0):
+            if len(request.token_ids) <= INLINE_TOKENS:
+                validate.detokenize(request, limits)
+            else:
+                await prompts.in_thread(lambda: validate.detokenize(request, limits))
             ids = list(request.token_ids)
-            text = await self._host.prompts().decode(ids, skip_special=request.skip_special_tokens)
+            text = await prompts.decode(ids, skip_special=request.skip_special_tokens)
         return pb.DetokenizeResponse(text=text)
 
     async def score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
@@ -154,6 +159,8 @@ class InferenceService:
                 operation="chat" if request.prompt.WhichOneof("form") == "chat" else "text_completion",
                 prompt_tokens=len(prepared.ids),
                 n=len(generations),
+                max_tokens=next(iter(generations.values())).max_tokens,
+                temperature=request.sampling.temperature if request.sampling.HasField("temperature") else 1.0,
             )
             await call.admit()
             yield Running(mailbox, generations)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from headrace.models.errors import ModelError
 from headrace.models.load import FrontModel, ModelInfo, load_front
@@ -25,6 +27,7 @@ from headrace.server.template_worker import TemplateWorker
 from headrace.server.validate import Limits
 
 log = logging.getLogger("headrace.server")
+T = TypeVar("T")
 
 
 class ModelHost:
@@ -77,9 +80,9 @@ class ModelHost:
         """Load, then keep the engine alive. Returns when the model has FAILED; cancel it to stop the engine."""
         engine: asyncio.Task[None] | None = None
         try:
-            path = await asyncio.to_thread(resolve, self._config.model, lambda *_: None)
+            path = await _in_daemon_thread(lambda: resolve(self._config.model))
             engine = asyncio.ensure_future(self.supervisor.run(self._load_frame(path)))
-            self._front = await asyncio.to_thread(load_front, path)
+            self._front = await _in_daemon_thread(lambda: load_front(path))
             self._prompts = Prompts(self._front.tokenizer, self._template_worker(self._front))
             self._on_change()
             await engine
@@ -152,3 +155,30 @@ class ModelHost:
             return None
         template = front.chat_template
         return TemplateWorker(template.source, template.bos_token, template.eos_token)
+
+
+async def _in_daemon_thread(work: Callable[[], T]) -> T:
+    """Run something long that must not hold up the process's exit: a download, say. asyncio's own threads are
+    joined."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await done

@@ -7,10 +7,13 @@ trusted), long texts are tokenised in threads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
+from headrace.models.chat_template import MessagesRefusedError
 from headrace.models.errors import TemplateError, TokenizerError
 from headrace.models.tokenizer import Tokenizer
 from headrace.server import errors
@@ -18,8 +21,12 @@ from headrace.server.errors import InvalidRequestError, ServerError, Violation
 from headrace.server.template_worker import TemplateWorker
 from headrace.v1 import inference_pb2 as pb
 
+log = logging.getLogger("headrace.server")
+
 # Tokenising runs at some MB/s, so this is about 1 ms; a longer text goes to a thread.
 _INLINE_CHARACTERS = 4096
+INLINE_TOKENS = 1024
+T = TypeVar("T")
 ROLE_NAMES = {
     pb.ROLE_SYSTEM: "system",
     pb.ROLE_USER: "user",
@@ -58,23 +65,25 @@ class Prompts:
         return Prepared(await self.encode(rendered, add_bos=False, parse_special=True), rendered)
 
     async def render(self, messages: list[dict[str, str]], add_generation_prompt: bool, field: str) -> str:
-        """The conversation as text. Raises NO_CHAT_TEMPLATE, or TEMPLATE_REFUSED about `field`."""
+        """The conversation as text. Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, or TEMPLATE_REFUSED about `field`."""
         if self._template is None:
             raise ServerError(errors.NO_CHAT_TEMPLATE)
         try:
             return await self._template.render(messages, add_generation_prompt)
-        except TemplateError:
+        except MessagesRefusedError:
             violation = Violation(field, "the model's chat template refuses these messages", "CONFLICT")
             raise InvalidRequestError([violation], errors.TEMPLATE_REFUSED) from None
+        except TemplateError as error:
+            log.warning("a chat template failed: %s", error)
+            raise ServerError(errors.TEMPLATE_FAILED) from None
 
     async def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
         """Token ids of a text."""
         try:
             if len(text) <= _INLINE_CHARACTERS:
                 return self._tokenizer.encode(text, add_bos=add_bos, parse_special=parse_special)
-            return await asyncio.get_running_loop().run_in_executor(
-                self._threads,
-                lambda: self._tokenizer.encode(text, add_bos=add_bos, parse_special=parse_special),
+            return await self.in_thread(
+                lambda: self._tokenizer.encode(text, add_bos=add_bos, parse_special=parse_special)
             )
         except TokenizerError:
             violation = Violation("prompt", "cannot be tokenised", "BAD_CHARACTER")
@@ -82,11 +91,13 @@ class Prompts:
 
     async def decode(self, ids: list[int], *, skip_special: bool) -> str:
         """The text of token ids, U+FFFD where they are not UTF-8."""
-        if len(ids) <= _INLINE_CHARACTERS // 4:
+        if len(ids) <= INLINE_TOKENS:
             return self._tokenizer.decode(ids, skip_special=skip_special)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: self._tokenizer.decode(ids, skip_special=skip_special)
-        )
+        return await self.in_thread(lambda: self._tokenizer.decode(ids, skip_special=skip_special))
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run what takes long beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def close(self) -> None:
         """Stop the threads and the template process."""

@@ -8,7 +8,7 @@ the context?) is checked by `check_length` afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from headrace.server import errors
@@ -62,12 +62,11 @@ class _Faults:
             self.add(field, "REQUIRED", "must not be empty")
         self.check_bytes(field, value, MAX_ID_BYTES)
 
-    def check_token_ids(self, field: str, ids: Iterable[int], vocab_size: int) -> None:
+    def check_token_ids(self, field: str, ids: Sequence[int], vocab_size: int) -> None:
         """Reports the first id outside the vocabulary."""
-        for index, token_id in enumerate(ids):
-            if token_id >= vocab_size:
-                self.add(f"{field}[{index}]", "OUT_OF_RANGE", f"must be below the vocabulary's size, {vocab_size}")
-                return
+        if max(ids, default=0) >= vocab_size:  # the quick way for the long lists, which are right
+            index = next(index for index, token_id in enumerate(ids) if token_id >= vocab_size)
+            self.add(f"{field}[{index}]", "OUT_OF_RANGE", f"must be below the vocabulary's size, {vocab_size}")
 
     def raise_any(self) -> None:
         if self.found:
