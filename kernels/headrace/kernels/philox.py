@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 # Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 (SC11), table 2 and section 4.3 (Random123).
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
@@ -23,16 +23,20 @@ MAX_GUMBEL = 22.9
 def philox4x32(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDArray[np.uint32]:
     """Four random words for each counter.
 
-    counter: uint32 [4, ...]. key: two 32-bit integers. Returns uint32 of the counter's shape.
+    counter: uint32 [4, N]. key: two 32-bit integers. Returns uint32 [4, N].
     """
-    c0, c1, c2, c3 = counter.astype(np.uint64)
+    even, odd = counter[0::2].astype(np.uint64), counter[3::-2].astype(np.uint64)  # words 0, 2 and words 3, 1
     k0, k1 = key
     for _ in range(_ROUNDS):
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1 = (p1 >> _32) ^ c1 ^ np.uint64(k0), p1 & _LOW
-        c2, c3 = (p0 >> _32) ^ c3 ^ np.uint64(k1), p0 & _LOW
+        products = even * _MULTIPLIERS
+        high = products >> _32
+        high ^= odd
+        high ^= np.array([[k1], [k0]], np.uint64)
+        even = high[::-1]
+        odd = products
+        odd &= _LOW
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
-    return np.stack((c0, c1, c2, c3)).astype(np.uint32)
+    return np.stack((even[0], odd[1], even[1], odd[0])).astype(np.uint32)
 
 
 def gumbel(seed: int, position: int, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -42,13 +46,19 @@ def gumbel(seed: int, position: int, token_ids: npt.NDArray[np.int64]) -> npt.ND
     """
     blocks = token_ids >> 2
     first, last = (int(blocks.min()), int(blocks.max())) if len(blocks) else (0, -1)
-    index = np.arange(len(blocks))
+    key = (seed & 0xFFFFFFFF, seed >> 32)
     if last - first < len(blocks):  # dense: each block once, not once per token of it
-        blocks, index = np.arange(first, last + 1), blocks - first
-    counter = np.zeros((4, len(blocks)), np.uint32)
-    counter[0] = blocks
-    counter[1] = position
-    words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))[token_ids & 3, index]
+        words = philox4x32(_counter(np.arange(first, last + 1), position), key).T.reshape(-1)
+        words = words[token_ids - 4 * first]
+    else:
+        words = philox4x32(_counter(blocks, position), key)[token_ids & 3, np.arange(len(blocks))]
     uniform = (words + 0.5) * 2.0**-32  # in float64: exact, never 0 or 1
     noise: npt.NDArray[np.float64] = -np.log(-np.log(uniform))
     return noise
+
+
+def _counter(blocks: npt.NDArray[np.int64], position: int) -> npt.NDArray[np.uint32]:
+    counter = np.zeros((4, len(blocks)), np.uint32)
+    counter[0] = blocks
+    counter[1] = position
+    return counter
