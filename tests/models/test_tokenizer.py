@@ -12,6 +12,7 @@ import pytest
 from headrace.models.errors import TokenizerError, UnsupportedModelError
 from headrace.models.gguf import GGUFFile
 from headrace.models.tokenizer import Tokenizer
+from headrace.models.tokenizer_parts import byte_level_alphabet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,11 +55,43 @@ def test_every_pre_tokenizer_family_cuts_words_as_llama_cpp_does(metadata: Mappi
     assert wrong == []
 
 
-def test_upper_case_in_other_scripts_is_cut_as_the_model_was_trained(metadata: Mapping[str, Any]) -> None:
+def byte_level(text: str) -> str:
+    """Text in GPT-2's byte alphabet."""
+    letters = {byte: char for char, byte in byte_level_alphabet().items()}
+    return "".join(letters[byte] for byte in text.encode())
+
+
+def small_tokenizer(pre: str, words: list[str], merges: list[str]) -> Tokenizer:
+    """All bytes, then `words`; merges are pairs in the byte alphabet, parted by a blank."""
+    tokens = [*byte_level_alphabet(), *map(byte_level, words), "<|eot_id|>"]
+    values = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": [1] * (len(tokens) - 1) + [3],
+        "merges": merges,
+        "bos_token_id": len(tokens) - 1,
+    }
+    return Tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in values.items()})
+
+
+@pytest.mark.parametrize(("pre", "num_tokens"), [("llama-bpe", 1), ("tekken", 2), ("gpt-4o", 2)])
+def test_upper_case_in_other_scripts_is_cut_as_the_model_was_trained(pre: str, num_tokens: int) -> None:
     # llama.cpp knows upper and lower case of ASCII only; Tekken was trained with Unicode's.
-    cut = Tokenizer.from_gguf({**metadata, "tokenizer.ggml.pre": "tekken"})
-    whole = Tokenizer.from_gguf({**metadata, "tokenizer.ggml.pre": "llama-bpe"})
-    assert len(encode(cut, "приветМир")) >= len(encode(whole, "приветМир"))
+    letters = [" ".join(byte_level(letter)) for letter in "зяЗЯ"]
+    joined = [" ".join(map(byte_level, pair)) for pair in ("зя", "ЗЯ", ("зя", "ЗЯ"))]
+    tokenizer = small_tokenizer(pre, [*"зяЗЯ", "зя", "ЗЯ", "зяЗЯ"], [*letters, *joined])
+    assert len(encode(tokenizer, "зяЗЯ")) == num_tokens
+
+
+@pytest.mark.parametrize(("pre", "num_tokens"), [("llama-bpe", 1), ("tekken", 1), ("qwen2", 3)])
+def test_a_word_that_is_a_token_needs_no_merges_where_the_model_says_so(pre: str, num_tokens: int) -> None:
+    assert len(encode(small_tokenizer(pre, ["xyz"], []), "xyz")) == num_tokens
+
+
+@pytest.mark.parametrize(("pre", "add_bos"), [("llama-bpe", True), ("tekken", True), ("qwen2", False)])
+def test_whether_a_start_token_is_wanted_depends_on_the_family(pre: str, add_bos: bool) -> None:
+    assert small_tokenizer(pre, [], []).add_bos is add_bos
 
 
 def test_what_the_file_says_about_itself(tokenizer: Tokenizer) -> None:

@@ -46,7 +46,7 @@ def read_directory(path: Path) -> TokenizerParts:
         plain=plain,
         parsing=parsing,
         texts=texts,
-        pieces=tuple(_piece(text, byte_level, index in added) for index, text in enumerate(texts)),
+        pieces=tuple(_piece(text, byte_level, added.get(index)) for index, text in enumerate(texts)),
         special_ids=frozenset(special),
         unknown_id=by_text.get(unknown) if isinstance(unknown, str) else None,
         bos_id=bos_id,
@@ -116,8 +116,8 @@ def _texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
     return check_texts(by_id.get(index, "") for index in range(max(by_id) + 1))
 
 
-def _piece(text: str, byte_level: bool, is_added: bool) -> bytes:
-    if is_added:
+def _piece(text: str, byte_level: bool, added: tokenizers.AddedToken | None) -> bytes:
+    if added is not None and (added.special or byte_level):
         return text.encode()
     if byte_level:
         return byte_level_bytes(text)
