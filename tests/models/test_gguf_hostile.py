@@ -63,6 +63,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "100 million keys in 24 bytes": (File(num_keys=10**8).pack(), "declares 100000000 keys"),
     "2^64 - 1 keys": (File(num_keys=2**64 - 1).pack(), "keys, more than"),
     "60,000 keys in a small file": (File(num_keys=60_000).pack(), "more than its 8 remaining bytes"),
+    "65,537 keys in a file that could hold them": (
+        File(num_keys=65_537, data=bytes(65_537 * 14)).pack(), "declares 65537 keys, more than 65536"
+    ),
+    "100,001 tensors in a file that could hold them": (
+        File(num_tensors=100_001, data=bytes(100_001 * 33)).pack(), "declares 100001 tensors, more than 100000"
+    ),
     "2^64 - 1 tensors": (File(num_tensors=2**64 - 1).pack(), "tensors, more than"),
     "90,000 tensors in a small file": (File(num_tensors=90_000).pack(), "more than its 8 remaining bytes"),
     "one key more than there are": (replace(sound(), num_keys=14).pack(), "a tensor name has"),
@@ -109,7 +115,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "score NaN": (only_key(array_key("tokenizer.ggml.scores", b.F32, [float("nan")])), "holds a NaN"),
     "merges as a string": (only_key(key("tokenizer.ggml.merges", b.STRING, "a b")), r"where string\[\] is expected"),
     "chat template as an array": (only_key(array_key("tokenizer.chat_template", b.STRING, ["x"])), "where string is"),
-    "end token -1": (only_key(key("tokenizer.ggml.eos_token_id", b.I32, -1)), "is -1, outside"),
+    "end token -2": (only_key(key("tokenizer.ggml.eos_token_id", b.I32, -2)), "is -2, outside"),
+    "end token as a list": (only_key(array_key("tokenizer.ggml.eos_token_id", b.I32, [2])), "where integer is"),
     "block count 0": (only_key(key("llama.block_count", b.U32, 0)), "is 0, outside 1..4096"),
     "block count 2^31": (only_key(key("qwen2.block_count", b.U32, 2**31)), "outside 1..4096"),
     "block count as a string": (only_key(key("llama.block_count", b.STRING, "30")), "kind string, where integer"),

@@ -216,7 +216,8 @@ def decode_dense(raw: U8, type_name: str) -> F32:
     if type_name == "F16":
         return raw.view("<f2").astype(np.float32)
     assert type_name == "BF16", type_name
-    bits: npt.NDArray[np.uint32] = raw.view("<u2").astype(np.uint32) << np.uint32(16)
+    bits = raw.view("<u2").astype(np.uint32)
+    bits <<= np.uint32(16)
     return bits.view(np.float32)
 
 

@@ -31,7 +31,9 @@ _STRING = KeyRule(("string",), max_bytes=2**16)
 _BOOL = KeyRule(("bool",))
 _FLOAT = KeyRule(("float",))
 _COUNT = KeyRule(("integer",))
-_TOKEN_ID = KeyRule(("integer",), high=2**24)
+_TOKEN_ID = KeyRule(
+    ("integer",), low=-1, high=2**32 - 1
+)  # both mean "none" to some writers; the tokenizer knows its ids
 
 
 def _size(high: int, *, per_layer: bool = False) -> KeyRule:
