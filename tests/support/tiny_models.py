@@ -97,7 +97,7 @@ def _qwen3() -> transformers.PreTrainedConfig:
     return transformers.Qwen3Config(**shape, rope_parameters=rope, tie_word_embeddings=False)
 
 
-def _gemma3() -> transformers.PreTrainedConfig:
+def _gemma3(attention_soft_cap: float | None = None) -> transformers.PreTrainedConfig:
     shape = {**_SMALL, "num_hidden_layers": 7, "head_dim": 32}  # layer 5 (counted from 0) is the global one
     return transformers.Gemma3TextConfig(
         **shape,
@@ -108,7 +108,7 @@ def _gemma3() -> transformers.PreTrainedConfig:
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
         final_logit_softcapping=4.0,
-        attn_logit_softcapping=None,
+        attn_logit_softcapping=attention_soft_cap,
         tie_word_embeddings=True,
     )
 
@@ -121,8 +121,9 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "gemma3": _gemma3,
+    "gemma3-capped": lambda: _gemma3(attention_soft_cap=1.5),
 }
-ARCHITECTURES = tuple(CONFIGS)
+ARCHITECTURES = ("llama", "llama3", "llama-linear", "mistral", "qwen2", "qwen3", "gemma3")
 
 
 def train_tokenizer() -> Tokenizer:
@@ -249,6 +250,8 @@ def _write_model_metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> No
         writer.add_sliding_window(config["sliding_window"])
     if config.get("final_logit_softcapping"):
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
 
 
 def _llama3_factors(config: dict[str, Any]) -> np.ndarray | None:
