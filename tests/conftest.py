@@ -6,9 +6,14 @@ torch and transformers are imported only by the fixtures that need them: most te
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.support.live_server import LiveServer
 
 # Two cores are shared by everything that runs here; results do not depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -63,3 +68,12 @@ def tiny_llama_dir(tiny_models: TinyModels) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama_gguf(tiny_models: TinyModels) -> Path:
     return tiny_models.gguf("llama")
+
+
+@pytest.fixture(scope="session")
+def live_server(tiny_llama_gguf: Path) -> Iterator[LiveServer]:
+    """A server in a process of its own, on the counting engine: what users of the client and the CLI talk to."""
+    from tests.support.live_server import live_server as start
+
+    with start(tiny_llama_gguf) as server:
+        yield server
