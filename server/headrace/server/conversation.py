@@ -55,12 +55,11 @@ class Conversation:
             return
         if news.ending.stop_token_id is not None:
             self._answer_ids.pop()  # the template writes it again
-        is_exact = not news.ending.stop_string and "\ufffd" not in self._answer
         answer = {"role": "assistant", "content": self._answer}
         self._rest = _Turns(
             (*self._asked, answer),
             self._prompt.rendered + self._answer,
-            (*self._prompt.ids, *self._answer_ids) if is_exact else None,
+            (*self._prompt.ids, *self._answer_ids) if not news.ending.stop_string else None,
         )
         self.is_busy = False
 
