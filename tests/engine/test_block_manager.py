@@ -44,6 +44,7 @@ def test_hashes_are_a_chain_of_sha256_from_the_salt() -> None:
     second = hashlib.sha256(first + array("i", [3, 4]).tobytes()).digest()
     assert [content.hash for content in seq.full_blocks] == [first, second]
     assert blocks.cached == {first: seq.block_table[0], second: seq.block_table[1]}
+    assert seq.num_registered == 2, "settled blocks are not looked at again in every step"
 
 
 def test_a_hit_shares_the_full_blocks_of_an_equal_prefix() -> None:
@@ -53,7 +54,7 @@ def test_a_hit_shares_the_full_blocks_of_an_equal_prefix() -> None:
     hit = blocks.lookup(second)
     assert hit.blocks == tuple(first.block_table[:1])
     blocks.allocate(second, hit)
-    assert (second.num_computed, second.block_table[0]) == (2, first.block_table[0])
+    assert (second.num_computed, second.num_registered, second.block_table[0]) == (2, 1, first.block_table[0])
     assert blocks.ref_counts[first.block_table[0]] == 2
     blocks.release(first)
     assert blocks.ref_counts[second.block_table[0]] == 1

