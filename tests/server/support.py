@@ -71,7 +71,7 @@ class Failure:
 
 def failure_of(error: grpc.aio.AioRpcError) -> Failure:
     """Read google.rpc details out of a failed call."""
-    metadata = {key: value for key, value in error.trailing_metadata() or ()}
+    metadata = dict(error.trailing_metadata() or ())
     status = status_pb2.Status.FromString(metadata.get("grpc-status-details-bin", b""))  # type: ignore[arg-type]
     reason, fields, retry = "", (), None
     for detail in status.details:

@@ -243,8 +243,9 @@ async def test_a_failed_turn_can_be_asked_again(tiny_llama_gguf: Any) -> None:
 
 async def test_failed_commands_are_events_and_the_stream_goes_on(counting: Bench) -> None:
     talk = Talk(counting)
-    await talk.start("busy", pb.GenerateRequest(prompt=chat_prompt("hi"), sampling=pb.SamplingParams(max_tokens=1)),
-    "c") await talk.until_ended("busy")
+    first = pb.GenerateRequest(prompt=chat_prompt("hi"), sampling=pb.SamplingParams(max_tokens=1))
+    await talk.start("busy", first, "c")
+    await talk.until_ended("busy")
 
     async def refused(reason: str, field: str = "", **command: Any) -> None:
         await talk.send(**command)
