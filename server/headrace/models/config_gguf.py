@@ -81,8 +81,8 @@ def read_config(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo
     settings = Settings(metadata, file_name, prefix=f"{architecture}.")
     _refuse_unsupported(settings)
     hidden = settings.integer("embedding_length", 1, limits.MAX_HIDDEN)
-    heads = settings.integer("attention.head_count", 1, limits.MAX_HEADS)
-    kv_heads = settings.integer("attention.head_count_kv", 1, limits.MAX_HEADS, heads)
+    heads = settings.integer("attention.head_count", 1, limits.MAX_HEADS, per_layer=True)
+    kv_heads = settings.integer("attention.head_count_kv", 1, limits.MAX_HEADS, heads, per_layer=True)
     if heads % kv_heads:
         raise settings.inconsistent(f"attention.head_count {heads} is no multiple of head_count_kv {kv_heads}")
     head_dim = _head_dim(settings, hidden, heads)
@@ -94,7 +94,7 @@ def read_config(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo
         vocab_size=_vocab_size(settings, tensors),
         context_length=settings.integer("context_length", 1, limits.MAX_CONTEXT),
         hidden_size=hidden,
-        intermediate_size=settings.integer("feed_forward_length", 1, limits.MAX_INTERMEDIATE),
+        intermediate_size=settings.integer("feed_forward_length", 1, limits.MAX_INTERMEDIATE, per_layer=True),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -161,8 +161,11 @@ def _layers(settings: Settings, family: _Family) -> tuple[LayerConfig, ...]:
     # The scaling is of the full layers alone.
     sliding = LayerConfig(window, RopeConfig(settings.number("rope.freq_base_swa", 1.0, 1e12, _GEMMA3_LOCAL_THETA)))
     full = LayerConfig(0, full_rope)
-    pattern = settings.integer("attention.sliding_window_pattern", 1, limits.MAX_LAYERS, _GEMMA3_PATTERN)
-    return tuple(full if (i + 1) % pattern == 0 else sliding for i in range(count))
+    is_sliding = settings.flags("attention.sliding_window_pattern", count)
+    if is_sliding is None:
+        pattern = settings.integer("attention.sliding_window_pattern", 1, limits.MAX_LAYERS, _GEMMA3_PATTERN)
+        is_sliding = [(i + 1) % pattern != 0 for i in range(count)]
+    return tuple(sliding if slides else full for slides in is_sliding)
 
 
 def _rope(settings: Settings) -> RopeConfig:

@@ -51,6 +51,7 @@ _FAMILIES: dict[str, _Family] = {
         sandwich_norms=True,
     ),
 }
+_DEFAULT_WINDOW = 4096  # of MistralConfig and Gemma3TextConfig, where the key is absent; null is none
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -121,7 +122,9 @@ def _refuse_unsupported(settings: Settings, family: _Family) -> None:
 def _layers(settings: Settings, family: _Family) -> tuple[LayerConfig, ...]:
     count = settings.integer("num_hidden_layers", 1, limits.MAX_LAYERS)
     kinds = _layer_kinds(settings, family, count)
-    window = settings.integer("sliding_window", 1, limits.MAX_CONTEXT) if "sliding_attention" in kinds else 0
+    window = 0
+    if "sliding_attention" in kinds:
+        window = settings.integer("sliding_window", 1, limits.MAX_CONTEXT, _DEFAULT_WINDOW)
     full_rope, sliding_rope = _ropes(settings, family)
     full, sliding = LayerConfig(0, full_rope), LayerConfig(window, sliding_rope)
     return tuple(sliding if kind == "sliding_attention" else full for kind in kinds)
@@ -141,7 +144,8 @@ def _layer_kinds(settings: Settings, family: _Family, count: int) -> list[str]:
         pattern = settings.integer("sliding_window_pattern", 1, limits.MAX_LAYERS, 6)
         return [full if (i + 1) % pattern == 0 else sliding for i in range(count)]
     if family.class_name == "MistralForCausalLM":
-        return [sliding if settings.has("sliding_window") else full] * count
+        is_null = "sliding_window" in settings.names() and not settings.has("sliding_window")
+        return [full if is_null else sliding] * count
     if settings.flag("use_sliding_window", False) and settings.has("sliding_window"):  # Qwen: the upper layers slide
         first = settings.integer("max_window_layers", 0, limits.MAX_LAYERS, 28)
         return [sliding if i >= first else full for i in range(count)]
@@ -153,11 +157,11 @@ def _ropes(settings: Settings, family: _Family) -> tuple[RopeConfig, RopeConfig]
     parameters = settings.group("rope_parameters")
     if parameters is not None:
         full, sliding = parameters.group("full_attention"), parameters.group("sliding_attention")
-        if full is None and sliding is None:
+        if (full is None) != (sliding is None) or (full is None) == (family.architecture == "gemma3"):
+            raise settings.unsupported("this form of rope_parameters")
+        if full is None or sliding is None:
             rope = _rope(parameters, parameters.number("rope_theta", 1.0, 1e12, family.theta))
             return rope, rope
-        if full is None or sliding is None:
-            raise settings.inconsistent("rope_parameters must name full_attention and sliding_attention, or neither")
         return (
             _rope(full, full.number("rope_theta", 1.0, 1e12, family.theta)),
             _rope(sliding, sliding.number("rope_theta", 1.0, 1e12, 10000.0)),

@@ -16,6 +16,7 @@ from headrace.kernels.program import StepProgram
 from headrace.kernels.quant import Weight
 from headrace.models.checkpoint import Checkpoint, open_checkpoint
 from headrace.models.config import ModelConfig
+from headrace.models.errors import ModelFileError
 
 if TYPE_CHECKING:
     from headrace.models.chat_template import ChatTemplate
@@ -88,6 +89,10 @@ def load_front(path: str | Path) -> FrontModel:
     checkpoint = open_checkpoint(Path(path))
     try:
         tokenizer = checkpoint.tokenizer()
+        if tokenizer.vocab_size > checkpoint.config.vocab_size:
+            raise ModelFileError(
+                f"{Path(path).name}: {tokenizer.vocab_size} tokens, but embeddings of {checkpoint.config.vocab_size} only"
+            )
         info = _info(checkpoint, tokenizer.eos_ids)
         template = None
         if info.chat_template:

@@ -6,7 +6,6 @@ names the file, the key and what was expected.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -32,10 +31,12 @@ class Settings:
     def has(self, key: str) -> bool:
         return self._values.get(self._prefix + key) is not None
 
-    def integer(self, key: str, low: int, high: int, default: int | Required = REQUIRED) -> int:
-        """An integer in low..high. A list of equal integers (GGUF's per-layer values) counts as one."""
+    def integer(
+        self, key: str, low: int, high: int, default: int | Required = REQUIRED, *, per_layer: bool = False
+    ) -> int:
+        """An integer in low..high. per_layer: a list of equal integers (GGUF has such) counts as one."""
         value = self._get(key, default)
-        if not isinstance(value, (int, float, str, bool)) and hasattr(value, "__len__"):
+        if per_layer and not isinstance(value, (int, str)):
             value = self._only(key, value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.bad(key, f"an integer in {low}..{high}", value)
@@ -44,9 +45,7 @@ class Settings:
     def number(self, key: str, low: float, high: float, default: float | Required = REQUIRED) -> float:
         """A finite number in low..high."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.bad(key, f"a number in {low:g}..{high:g}", value)
-        if not math.isfinite(value) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise self.bad(key, f"a number in {low:g}..{high:g}", value)
         return float(value)
 
@@ -80,6 +79,16 @@ class Settings:
             raise self.bad(key, "an object", value)
         return Settings(value, self._file_name)
 
+    def flags(self, key: str, count: int) -> list[bool] | None:
+        """`count` booleans, or None where the key is absent or no list."""
+        value: Any = self._values.get(self._prefix + key)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return None
+        items = value.tolist() if hasattr(value, "tolist") else list(value)
+        if len(items) != count or not all(isinstance(item, (bool, int)) and item in (0, 1) for item in items):
+            raise self.bad(key, f"a list of {count} booleans", items)
+        return [bool(item) for item in items]
+
     def names(self) -> list[str]:
         """All keys, without the prefix."""
         return [key[len(self._prefix) :] for key in self._values if key.startswith(self._prefix)]
@@ -103,6 +112,8 @@ class Settings:
         return value
 
     def _only(self, key: str, value: Any) -> object:
+        if not hasattr(value, "__len__"):
+            return value
         items = value.tolist() if hasattr(value, "tolist") else list(value)
         if any(item != items[0] for item in items):
             raise self.unsupported(f"{self._prefix}{key} that differs from layer to layer")
