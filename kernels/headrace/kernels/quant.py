@@ -65,7 +65,8 @@ class QuantTensor:
 
 def pack_int4(q: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Pack integers 0..15, uint8 [rows, cols] with even cols, two to a byte: the inverse of `QuantTensor.unpack`."""
-    return q[:, 0::2] | (q[:, 1::2] << np.uint8(4))
+    packed: npt.NDArray[np.uint8] = q[:, 0::2] | (q[:, 1::2] << np.uint8(4))
+    return packed
 
 
 Array = npt.NDArray[np.generic]
