@@ -91,7 +91,7 @@ def load_front(path: str | Path) -> FrontModel:
         tokenizer = checkpoint.tokenizer()
         if tokenizer.vocab_size > checkpoint.config.vocab_size:
             raise ModelFileError(
-                f"{Path(path).name}: {tokenizer.vocab_size} tokens, but embeddings of {checkpoint.config.vocab_size} only"
+                f"{Path(path).name}: {tokenizer.vocab_size} tokens, but {checkpoint.config.vocab_size} embeddings"
             )
         info = _info(checkpoint, tokenizer.eos_ids)
         template = None
