@@ -113,8 +113,6 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Decide on the next step. Grants blocks and preempts; nothing else changes until `update`."""
         plan = _PlanBuilder(self.config.max_num_batched_tokens, self.config.max_logit_rows)
-        num_preemptions = self.num_preemptions
-        num_stalled = 0
         longer: list[Sequence] = []
         for seq in tuple(self.running):
             if seq.status is not Status.RUNNING:
@@ -123,13 +121,10 @@ class Scheduler:
                 longer.append(seq)
             elif self._grow(seq):
                 plan.add(seq)
-            else:
-                num_stalled += 1
         for seq in longer:
             if seq.status is Status.RUNNING and plan.has_room:
                 plan.add(seq)
-        if not num_stalled and num_preemptions == self.num_preemptions:
-            self._admit_waiting(plan, now)
+        self._admit_waiting(plan, now)
         return plan.build()
 
     def update(self, plan: StepPlan, results: Seq[Seq[LogitsResult] | None], now: float) -> list[SequenceOutput]:
