@@ -6,7 +6,13 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-_COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("quick", settings(max_examples=100, stateful_step_count=50, **_COMMON))
-settings.register_profile("ci", settings(max_examples=2000, stateful_step_count=100, **_COMMON))
+for name, max_examples, num_rules in (("quick", 100, 50), ("ci", 2000, 100)):
+    settings.register_profile(
+        name,
+        max_examples=max_examples,
+        stateful_step_count=num_rules,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 settings.load_profile(os.environ.get("HEADRACE_HYPOTHESIS", "quick"))

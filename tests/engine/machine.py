@@ -305,7 +305,7 @@ class EngineMachine(RuleBasedStateMachine):
     def _check_output(self, output: SequenceOutput, started_at: float) -> None:
         expected = self.live.get(output.id)
         assert expected is not None, "6: output of a sequence that has ended"
-        request = expected.request
+        request, must_stop = expected.request, False
         for token in output.tokens:
             has_logprob = request.score or request.sampling.num_logprobs >= 0
             if request.score:
@@ -318,12 +318,15 @@ class EngineMachine(RuleBasedStateMachine):
                 expected.tokens.append(right)
             assert token.token_id == right, "10: not the token that it would have got alone"
             assert token.logprob == (score(prefix, right) if has_logprob else None), "10: log-probability"
+            if len(expected.tokens) > request.sampling.min_tokens and right in request.sampling.stop_token_ids:
+                must_stop = True
         if output.finish is not None:
             expected.finish = output.finish
             del self.live[output.id]
             self._check_finish(expected, started_at)
         else:
             assert output.tokens, "6: an output without content"
+            assert not must_stop, "6: a stop token did not stop"
 
     def _check_finish(self, expected: Expected, started_at: float) -> None:
         finish, request, tokens = expected.finish, expected.request, expected.tokens
@@ -391,7 +394,7 @@ class PressureMachine(EngineMachine):
     """A pool that holds little more than one sequence, and steps that compute little: preemption all the time."""
 
     @initialize(pool_tokens=st.integers(18, 30), budget=st.integers(0, 1))
-    def start(self, pool_tokens: int, budget: int) -> None:  # type: ignore[override]
+    def start(self, pool_tokens: int, budget: int) -> None:
         self.set_up(block_size=1, pool_tokens=pool_tokens, num_seqs=4, budget=budget)
 
 
@@ -399,5 +402,5 @@ class RoomyMachine(EngineMachine):
     """A pool in which every prefix stays cached: hits all the time."""
 
     @initialize(budget=st.integers(4, 12))
-    def start(self, budget: int) -> None:  # type: ignore[override]
+    def start(self, budget: int) -> None:
         self.set_up(block_size=2, pool_tokens=200, num_seqs=3, budget=budget)

@@ -37,6 +37,14 @@ def test_a_stop_token_ends_and_counts() -> None:
     assert run.finishes[1].num_output_tokens == count
 
 
+def test_the_first_token_may_stop() -> None:
+    first = solo_tokens([1, 2], 1, 1)[0]
+    with running(config()) as run:
+        run.engine.add(request(1, [1, 2], stop_token_ids=(first,)))
+        run.finish()
+    assert (run.tokens[1], run.finishes[1].reason) == ([first], "stop")
+
+
 def test_min_tokens_holds_stop_tokens_off() -> None:
     first = solo_tokens([1, 2], 1, 1)[0]
     with running(config()) as run:

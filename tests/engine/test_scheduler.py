@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from headrace.engine.sequence import Status
+
 from tests.engine.support import Steps, config, request
 
 
@@ -78,6 +80,31 @@ def test_nobody_is_preempted_again_before_it_has_delivered_something() -> None:
     assert steps.scheduler._victim(old) is None
     assert steps.plan() == [(1, 4, 1), (2, 3, 3)]
     assert steps.scheduler._victim(old) is young
+
+
+def test_a_prompt_that_loses_its_blocks_is_not_computed_in_the_same_step() -> None:
+    # 10 blocks of one token. 2 is admitted into 8 of them with one to spare, and is computed 2 tokens a step.
+    steps = Steps(config(num_blocks=11, block_size=1, max_num_batched_tokens=3, max_num_seqs=2, max_logit_rows=2))
+    steps.add(request(1, 1, max_tokens=9), request(2, 8, max_tokens=1))
+    assert steps.plan() == [(1, 0, 1), (2, 0, 2)]
+    assert steps.plan() == [(1, 1, 1), (2, 2, 2)]
+    assert steps.plan() == [(1, 2, 1)]
+    assert steps.scheduler.num_preemptions == 1
+
+
+def test_a_text_to_score_is_not_scored_again_after_preemption() -> None:
+    steps = Steps(config(max_num_batched_tokens=4))
+    (seq,) = steps.add(request(1, 12, score=True))
+    steps.plan()
+    steps.plan()
+    assert seq.num_scored == 8
+    steps.scheduler._preempt(seq)
+    wanted = []
+    while seq.status is not Status.FINISHED:
+        plan = steps.scheduler.schedule(0.0)
+        wanted.append(plan.num_logits)
+        steps.update(plan)
+    assert wanted == [0, 0, 3]
 
 
 def test_logits_rows_bound_the_chunks_of_a_text_to_score() -> None:
@@ -173,6 +200,16 @@ def test_a_waiting_sequence_takes_the_blocks_of_a_parked_one() -> None:
     assert steps.plan() == [(2, 8, 1)]
     steps.scheduler.unpark(parked)
     assert steps.plan()[0][0] == 1
+
+
+def test_blocks_are_not_taken_in_vain() -> None:
+    steps = Steps(config(num_blocks=7, max_num_seqs=2, max_num_batched_tokens=16, enable_prefix_cache=False))
+    parked, _ = steps.add(request(1, 4), request(2, 8))
+    steps.plan()
+    steps.scheduler.park(parked)
+    steps.add(request(3, 16, max_tokens=1))  # 4 blocks; 2 are free, 1 is parked
+    assert steps.plan() == [(2, 8, 1)]
+    assert len(parked.block_table) == 1
 
 
 def test_parked_sequences_leave_their_places_to_others() -> None:

@@ -10,7 +10,7 @@ from headrace.engine import block_manager
 from headrace.engine.block_manager import BlockManager, PrefixHit
 from headrace.engine.scheduler import StepPlan
 from headrace.engine.sequence import BlockContent, Sequence, Status
-from headrace.engine.types import FinishReason
+from headrace.engine.types import FinishReason, SamplingParams, SequenceOutput, TokenOutput
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -18,7 +18,8 @@ from tests.engine.machine import EngineMachine, PressureMachine, RoomyMachine, W
 
 TestEngine = EngineMachine.TestCase
 TestEngineUnderPressure = PressureMachine.TestCase
-TestEngine.pytestmark = TestEngineUnderPressure.pytestmark = [pytest.mark.timeout(600)]
+setattr(TestEngine, "pytestmark", [pytest.mark.timeout(600)])  # noqa: B010  TestCase classes declare no such attribute
+setattr(TestEngineUnderPressure, "pytestmark", [pytest.mark.timeout(600)])  # noqa: B010
 
 
 class ForgetsOneFree(BlockManager):
@@ -166,6 +167,19 @@ class LosesTokens(WatchedScheduler):
         del seq.tokens[len(seq.prompt) :], seq.outputs[:], seq.full_blocks[:]
 
 
+class IgnoresStopTokens(WatchedScheduler):
+    """On the first token."""
+
+    def _append(self, seq: Sequence, tokens: list[TokenOutput], now: float) -> SequenceOutput:
+        sampling = seq.sampling
+        if not seq.outputs:
+            seq.sampling = SamplingParams(max_tokens=sampling.max_tokens)
+        try:
+            return super()._append(seq, tokens, now)
+        finally:
+            seq.sampling = sampling
+
+
 class RunsTooMany(WatchedScheduler):
     def schedule(self, now: float) -> StepPlan:
         object.__setattr__(self.config, "max_num_seqs", self.config.max_num_seqs + 1)
@@ -195,20 +209,17 @@ FAULTS: dict[type[BlockManager | WatchedScheduler], type[EngineMachine]] = {
     ServesLastComeFirst: EngineMachine,
     ForgetsParked: EngineMachine,
     LosesTokens: PressureMachine,
+    IgnoresStopTokens: EngineMachine,
     RunsTooMany: EngineMachine,
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_the_machine_finds_planted_faults(fault: type[BlockManager] | type[WatchedScheduler]) -> None:
-    class Faulty(FAULTS[fault]):  # type: ignore[misc]
-        if issubclass(fault, BlockManager):
-            blocks_class = fault
-        else:
-            scheduler_class = fault
-
+    attribute = "blocks_class" if issubclass(fault, BlockManager) else "scheduler_class"
+    faulty = type("Faulty", (FAULTS[fault],), {attribute: fault})
     search = settings(
         max_examples=1000, stateful_step_count=50, phases=[Phase.generate], derandomize=True, print_blob=False
     )
     with pytest.raises(Exception):  # noqa: B017, PT011  an invariant, or whatever the fault breaks first
-        run_state_machine_as_test(Faulty, settings=search)
+        run_state_machine_as_test(faulty, settings=search)
