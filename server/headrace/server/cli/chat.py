@@ -30,7 +30,7 @@ def chat(
     system: options.System = "",
     target: options.Target = options.DEFAULT_TARGET,
     model: options.ServedModel = "",
-    max_tokens: options.MaxTokens = 512,
+    max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -148,7 +148,7 @@ def _read_lines(is_interactive: bool) -> Iterator[str]:
     while True:
         with suppress(KeyboardInterrupt):  # Ctrl-C clears the line
             try:
-                line = prompt.prompt("> ")
+                line = prompt.prompt("you> ")
             except EOFError:
                 return
             yield line.strip()
@@ -182,8 +182,7 @@ def _answer(conversation: Conversation, line: str, is_interactive: bool) -> None
                 sys.stdout.flush()
                 if chunk.finish is not None and chunk.finish.reason in ("cancelled", "length"):
                     note = "cancelled" if chunk.finish.reason == "cancelled" else "cut at the limit of tokens"
-                    sys.stdout.flush()
-                    output.notes().print(f"[dim] ({note})[/]", end="")
+                    output.notes().print(f"[dim] ({note})[/]", end="" if is_interactive else "\n")
     except HeadraceError as error:
         conversation.forget()
         if not is_interactive:

@@ -52,6 +52,9 @@ def explain(error: Exception) -> int | None:
     if isinstance(error, (ModelError, CommandError)):
         _fail(str(error))
         return FAILED
+    if isinstance(error, OSError):  # the port is taken, the cache cannot be written, a file is missing
+        _fail(str(error) if error.errno is None else f"{error.strerror}: {error.filename or 'the system says no more'}")
+        return FAILED
     return None
 
 

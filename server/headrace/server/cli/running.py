@@ -40,7 +40,8 @@ def fetch(config: ServerConfig) -> ServerConfig:
 
 
 async def wait_ready(server: RunningServer) -> None:
-    """Waits for the model with a bar. Raises ServerFailedError where it cannot be loaded."""
+    """Waits for the model with a bar. Raises CommandError where it cannot be loaded."""
+    from headrace.server.app import ServerFailedError
     from headrace.server.cli.progress import model_bar
 
     ready = asyncio.ensure_future(server.wait_ready())
@@ -50,16 +51,16 @@ async def wait_ready(server: RunningServer) -> None:
                 bar.show("load", server.host.progress, 1.0)
                 await asyncio.wait((ready,), timeout=0.1)
         await ready
+    except ServerFailedError as error:
+        raise output.CommandError(f"the model cannot be served: {error}") from error
     finally:
         ready.cancel()
 
 
 async def _announce(server: RunningServer, as_json: bool) -> None:
-    from headrace.server.app import ServerFailedError
-
     try:
         await wait_ready(server)
-    except ServerFailedError:
+    except output.CommandError:
         return  # serve_forever sees it too, and ends
     if as_json:
         print_ready(server)
