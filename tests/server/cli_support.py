@@ -1,4 +1,4 @@
-"""How the tests run the `headrace` command: in this process where that says as much, else in one of its own, or on a terminal."""
+"""How the tests run the `headrace` command: in this process, in one of its own, or on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that need no model of their own: help, completion, generate, models, pull, doctor, bench, and failures."""
+"""The commands that need no model of their own: help, completion, generate, models, pull, doctor, bench; failures."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def test_the_command_starts_without_what_it_does_not_need() -> None:
 
 
 def test_commands_never_import_torch(live_server: LiveServer) -> None:
+    target = live_server.target
     code = (
         "import sys; from headrace.server.cli import main\n"
-        f"for line in ('models', 'doctor --json', 'models -t {live_server.target}', 'generate x -n 1 -t {live_server.target}'):\n"
+        f"for line in ('models', 'doctor --json', 'models -t {target}', 'generate x -n 1 -t {target}'):\n"
         "    sys.argv = ['headrace', *line.split()]\n"
         "    assert main() == 0, line\n"
         "assert 'torch' not in sys.modules"
@@ -200,7 +201,7 @@ def test_bench_measures_a_server(invoke: Invoke, live_server: LiveServer) -> Non
 
 def test_bench_refuses_nonsense_and_tells_total_failure(invoke: Invoke, live_server: LiveServer) -> None:
     assert invoke("bench", "--prompt-tokens", "gauss:1,2").status == 2
-    too_long = invoke("bench", "--target", live_server.target, "--requests", "2", "--prompt-tokens", "5000")
+    too_long = invoke("bench", "--target", live_server.target, "--requests", "2", "--prompt-tokens", "500")
     assert too_long.status == 1
     assert "2 PROMPT_TOO_LONG" in too_long.out
     assert "every request failed" in too_long.err

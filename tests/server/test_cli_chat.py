@@ -29,23 +29,23 @@ def terminal(*arguments: str, cache: Path) -> Iterator[Terminal]:
 def test_a_conversation_at_a_terminal(live_server: LiveServer, tmp_path: Path) -> None:
     with terminal("--target", live_server.target, "--temperature", "0", cache=tmp_path) as person:
         person.expect("tiny")
-        person.expect("> ")
+        person.expect("you>")
         person.type("first question\r")
         person.expect("#$%&")  # the counting engine says all of ASCII
         person.type("\x03")  # Ctrl-C: cancels the answer ...
         person.expect("(cancelled)")
-        person.expect("> ")  # ... and keeps the session
+        person.expect("you>")  # ... and keeps the session
         assert live_server.stats()["calls"] == 1
         person.type("half a line\x03")  # at the prompt it clears the line
-        person.expect("> ")
+        person.expect("you>")
         person.type("/help\r")
         person.expect("/system TEXT")
-        person.expect("> ")
+        person.expect("you>")
         person.type("\x1b[A\x1b[A\r")  # history: back to the first question
         person.expect("#$%&")
         person.type("\x03")
         person.expect("(cancelled)")
-        person.expect("> ")
+        person.expect("you>")
         person.type("\x04")  # Ctrl-D
         assert person.wait() == 0
     live_server.wait_idle()
@@ -57,12 +57,12 @@ def test_a_lost_server_is_told_and_survived(tiny_llama_gguf: Path, tmp_path: Pat
         live_server(tiny_llama_gguf, step_seconds=0.05) as server,
         terminal("--target", server.target, "--temperature", "0", cache=tmp_path) as person,
     ):
-        person.expect("> ")
+        person.expect("you>")
         person.type("hello\r")
         person.expect("#$%&")
         server.kill()
         person.expect("error:")
-        person.expect("> ")
+        person.expect("you>")
         person.type("/quit\r")
         assert person.wait() == 0
 

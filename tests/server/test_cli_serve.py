@@ -77,7 +77,7 @@ def test_a_port_that_is_taken_is_a_sentence(tiny_llama_gguf: Path) -> None:
         sock.listen()
         port = str(sock.getsockname()[1])
         with spawned("serve", "--port", port, "--model", str(tiny_llama_gguf)) as process:
-            out, log = process.communicate(timeout=PATIENCE)
+            _, log = process.communicate(timeout=PATIENCE)
             assert process.returncode == 1
             assert port in log
             assert "Traceback" not in log
