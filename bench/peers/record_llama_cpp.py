@@ -20,7 +20,13 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from record_strings import sentencepiece_strings, unicode_strings
-from record_vocabulary import SentencePieceVocabulary, copy_vocabulary, train_vocabulary, write_vocabulary
+from record_vocabulary import (
+    SentencePieceVocabulary,
+    train_byte_level,
+    train_vocabulary,
+    write_byte_level,
+    write_vocabulary,
+)
 
 DATA = Path(__file__).resolve().parents[2] / "tests" / "data"
 SEED = 20250607
@@ -54,17 +60,23 @@ def record_tokens(model: Path) -> dict[str, Any]:
         }
 
 
-def record_pre_tokenizers(model: Path) -> dict[str, Any]:
-    """SmolLM2's vocabulary under other pre-tokenizer names: what differs is where words are cut."""
-    strings = unicode_strings(SEED + 1, 150)
+def record_pre_tokenizers(_model: Path) -> dict[str, Any]:
+    """One byte-level vocabulary under several pre-tokenizer names: what differs is where words are cut.
+
+    It is trained on the strings themselves, each as one word, so that a token crosses every border that is not cut.
+    """
+    ascii_only = [text for text in unicode_strings(SEED + 2, 5000) if text.isascii()]
+    strings = unicode_strings(SEED + 1, 150) + ascii_only[:80]
+    trained = train_byte_level(strings)
     cases = []
     for name in PRE_TOKENIZERS:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "vocabulary.gguf"
-            copy_vocabulary(model, path, name)
+            write_byte_level(path, trained, name)
             with Vocabulary(path) as vocabulary:
                 cases.append({"pre": name, "tokens": [vocabulary.tokenize(text, False) for text in strings]})
-    return {"model_sha256": digest(model), "seed": SEED + 1, "strings": strings, "cases": cases}
+    vocabulary = {"tokens": trained.texts, "merges": trained.merges}
+    return {"seed": SEED + 1, "vocabulary": vocabulary, "strings": strings, "cases": cases}
 
 
 def record_sentencepiece(_model: Path) -> dict[str, Any]:

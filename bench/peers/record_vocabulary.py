@@ -13,6 +13,7 @@ import gguf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 _PIECES = 500
+_MERGES = 1200
 # Runs tempt a tokenizer to merge from the wrong side; "</" and "s>" are what llama.cpp joins into the end token.
 _EXTRA = ["▁▁", "▁▁▁▁", "▁▁▁▁▁▁▁▁", "▁▁▁", "--", "---", "----", "aa", "aaa", "aaaa", "ha", "haha", "ah", "</", "s>"]
 
@@ -22,6 +23,12 @@ class SentencePieceVocabulary:
     texts: list[str]
     scores: list[float]
     types: list[int]
+
+
+@dataclass(frozen=True)
+class ByteLevelVocabulary:
+    texts: list[str]
+    merges: list[str]
 
 
 def train_vocabulary(text: str) -> SentencePieceVocabulary:
@@ -63,17 +70,33 @@ def write_vocabulary(path: Path, vocabulary: SentencePieceVocabulary, has_space_
     _finish(writer)
 
 
-def copy_vocabulary(model: Path, path: Path, pre_tokenizer: str) -> None:
-    """The byte-level vocabulary of a model file, under another pre-tokenizer."""
-    fields = gguf.GGUFReader(model).fields
+def train_byte_level(strings: list[str]) -> ByteLevelVocabulary:
+    """Byte-pair training on whole strings: blanks, digits and punctuation merge with whatever is beside them."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(0x100 + i) for i, byte in enumerate(b for b in range(256) if b not in letters)}
+    split = [[letters[byte] for byte in string.encode()] for string in strings]
+    texts, merges = [letters[byte] for byte in range(256)], []
+    while len(merges) < _MERGES:
+        pairs = Counter(pair for parts in split for pair in pairwise(parts))
+        (left, right), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
+        merges.append(f"{left} {right}")
+        texts.append(left + right)
+        split = [_merge(parts, left, right) for parts in split]
+    return ByteLevelVocabulary([*dict.fromkeys(texts), "<|end|>"], merges)
+
+
+def write_byte_level(path: Path, vocabulary: ByteLevelVocabulary, pre_tokenizer: str) -> None:
+    """A byte-level vocabulary as a GGUF file; its last token starts and ends a text."""
     writer = _writer(path)
+    last = len(vocabulary.texts) - 1
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
-    writer.add_token_list(fields["tokenizer.ggml.tokens"].contents())
-    writer.add_token_types(fields["tokenizer.ggml.token_type"].contents())
-    writer.add_token_merges(fields["tokenizer.ggml.merges"].contents())
-    writer.add_bos_token_id(fields["tokenizer.ggml.bos_token_id"].contents())
-    writer.add_eos_token_id(fields["tokenizer.ggml.eos_token_id"].contents())
+    writer.add_token_list(vocabulary.texts)
+    writer.add_token_types([NORMAL] * last + [CONTROL])
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_bos_token_id(last)
+    writer.add_eos_token_id(last)
     _finish(writer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,15 +45,35 @@ def test_tokens_equal_llama_cpp_on_random_strings(tokenizer: Tokenizer) -> None:
     assert [text for text, ids in cases if encode(tokenizer, text) != ids] == []
 
 
-@pytest.mark.parametrize("index", range(7))
-def test_every_pre_tokenizer_family_cuts_words_as_llama_cpp_does(metadata: Mapping[str, Any], index: int) -> None:
-    recorded = json.loads((DATA / "llama_cpp_pre.json").read_text())
-    case = recorded["cases"][index]
-    tokenizer = Tokenizer.from_gguf({**metadata, "tokenizer.ggml.pre": case["pre"]})
-    wrong = [
-        text for text, ids in zip(recorded["strings"], case["tokens"], strict=True) if encode(tokenizer, text) != ids
+PRE = json.loads((DATA / "llama_cpp_pre.json").read_text())
+
+
+def has_letters_or_marks_beyond_ascii(text: str) -> bool:
+    return any(char > "\x7f" and unicodedata.category(char)[0] in "LM" for char in text)
+
+
+@pytest.mark.parametrize("case", PRE["cases"], ids=lambda case: case["pre"])
+def test_every_pre_tokenizer_family_cuts_words_as_llama_cpp_does(case: dict[str, Any]) -> None:
+    tokens = PRE["vocabulary"]["tokens"]
+    values = {
+        "model": "gpt2",
+        "pre": case["pre"],
+        "tokens": tokens,
+        "token_type": [1] * (len(tokens) - 1) + [3],
+        "merges": PRE["vocabulary"]["merges"],
+        "bos_token_id": len(tokens) - 1,
+    }
+    tokenizer = Tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in values.items()})
+    # In these two llama.cpp knows upper and lower case of ASCII only, and leaves marks out of words. The models were
+    # trained with Unicode's classes, which is what we follow; beyond ASCII the recorded tokens say nothing.
+    is_approximate = case["pre"] in ("tekken", "gpt-4o")
+    compared = [
+        (text, ids)
+        for text, ids in zip(PRE["strings"], case["tokens"], strict=True)
+        if not (is_approximate and has_letters_or_marks_beyond_ascii(text))
     ]
-    assert wrong == []
+    assert len(compared) >= (80 if is_approximate else 200)
+    assert [text for text, ids in compared if encode(tokenizer, text) != ids] == []
 
 
 def byte_level(text: str) -> str:
@@ -82,6 +103,11 @@ def test_upper_case_in_other_scripts_is_cut_as_the_model_was_trained(pre: str, n
     joined = [" ".join(map(byte_level, pair)) for pair in ("зя", "ЗЯ", ("зя", "ЗЯ"))]
     tokenizer = small_tokenizer(pre, [*"зяЗЯ", "зя", "ЗЯ", "зяЗЯ"], [*letters, *joined])
     assert len(encode(tokenizer, "зяЗЯ")) == num_tokens
+
+
+@pytest.mark.parametrize(("pre", "num_tokens"), [("tekken", 2), ("gpt-4o", 2), ("llama-bpe", 3)])
+def test_a_slash_after_a_line_end_belongs_to_the_word_before(pre: str, num_tokens: int) -> None:
+    assert len(encode(small_tokenizer(pre, ["\n/"], [f"{byte_level(chr(10))} /"]), "!\n/")) == num_tokens
 
 
 @pytest.mark.parametrize(("pre", "num_tokens"), [("llama-bpe", 1), ("tekken", 1), ("qwen2", 3)])

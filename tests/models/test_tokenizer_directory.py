@@ -189,7 +189,7 @@ def test_whether_a_start_token_is_added(write: Write, said: dict[str, bool], exp
 def test_padding_and_truncation_that_the_file_asks_for_are_off(write: Write) -> None:
     library = byte_level_library()
     library.enable_truncation(4)
-    library.enable_padding(length=8)
+    library.enable_padding(length=64)
     assert len(encode(Tokenizer.from_directory(write(library)), "x" * 20)) == 20
 
 

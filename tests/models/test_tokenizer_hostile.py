@@ -116,6 +116,22 @@ def test_a_broken_sentencepiece_vocabulary_is_refused(key: str, value: Any) -> N
         load({**SENTENCEPIECE, key: value})
 
 
+def test_two_tokens_with_one_text_are_refused_even_where_nothing_else_counts_them() -> None:
+    silent = {key: value for key, value in GOOD.items() if key != "token_type"}
+    with pytest.raises(TokenizerError, match="1 and 3 have the same text"):
+        load({**silent, "tokens": ["<|end|>", "a", "b", "a", "ab", "abc"]})
+
+
+def test_written_out_bytes_do_not_merge_into_a_byte_token() -> None:
+    tokens = ["<|end|>", "<0x0A>", *"<0xA>", "<0", "<0x", "<0x0", "<0x0A"]
+    types = [3, 6] + [1] * (len(tokens) - 2)
+    scores = [-float(index) for index in range(len(tokens))]
+    values = {**SENTENCEPIECE, "tokens": tokens, "token_type": types, "scores": scores, "add_space_prefix": False}
+    tokenizer = load(values)
+    ids = tokenizer.encode("<0x0A>", add_bos=False, parse_special=False)
+    assert [tokenizer.token_text(index) for index in ids] == ["<0x0A", ">"]
+
+
 def test_limits_on_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_parts, "MAX_TOKENS", 5)
     with pytest.raises(TokenizerError, match="more than 5 tokens"):
