@@ -120,10 +120,22 @@ async def _measure(address: str, workload: Workload, slo: Slo) -> tuple[dict[str
 
 def print_result(result: BenchResult) -> None:
     """The run for people."""
+    console = output.console()
+    console.print(f"[bold]{result.model['name']}[/] on {result.model['backend']}: {_describe(result.workload)}")
+    print_summary(result.summary)
+    for process in result.memory:
+        console.print(
+            f"{process['role']}: RSS {output.bytes_text(process['rss'])}, PSS {output.bytes_text(process['pss'])}"
+        )
+    if result.start_seconds is not None:
+        console.print(f"start-up {result.start_seconds:.1f} s")
+
+
+def print_summary(summary: Summary) -> None:
+    """Latencies, rates and failures for people."""
     from rich.table import Table
 
-    summary, console = result.summary, output.console()
-    console.print(f"[bold]{result.model['name']}[/] on {result.model['backend']}: {_describe(result.workload)}")
+    console = output.console()
     table = Table("ms", "mean", "p50", "p90", "p99", "max", box=None, pad_edge=False, header_style="bold")
     for name, values in (
         ("TTFT", summary.ttft_ms),
@@ -144,12 +156,6 @@ def print_result(result: BenchResult) -> None:
     if summary.num_failed:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary.failures.items())
         console.print(f"[red]{summary.num_failed} of {summary.num_requests} failed[/]: {reasons}")
-    for process in result.memory:
-        console.print(
-            f"{process['role']}: RSS {output.bytes_text(process['rss'])}, PSS {output.bytes_text(process['pss'])}"
-        )
-    if result.start_seconds is not None:
-        console.print(f"start-up {result.start_seconds:.1f} s")
 
 
 def _describe(workload: Workload) -> str:

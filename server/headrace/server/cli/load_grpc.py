@@ -85,7 +85,8 @@ class OwnServer:
 @contextmanager
 def own_server(arguments: Sequence[str]) -> Iterator[OwnServer]:
     """Runs `headrace serve` on a free port until the block is left. Raises CommandError if it does not come up."""
-    command = [sys.executable, "-m", "headrace.server.cli", "serve", "--port", "0", "--json", *arguments]
+    command = [sys.executable, "-m", "headrace.server.cli", "serve"]
+    command += ["--port", "0", "--json", "--log-level", "warning", "--lame-duck", "0", *arguments]
     begin = time.monotonic()
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env={**os.environ, "NO_COLOR": "1"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from dataclasses import replace
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
     from headrace.server.config import ServerConfig
 
 
-def serve_until_told(config: ServerConfig, *, as_json: bool) -> None:
+def serve_until_told(config: ServerConfig, log_level: str, *, as_json: bool) -> None:
     """Serves until SIGTERM or SIGINT. Raises ModelError, OSError or CommandError where that cannot be."""
     from headrace.server import logs
     from headrace.server.app import serve_forever
 
     config = fetch(config)
-    logs.configure(config.log_format)
+    logs.configure(config.log_format, getattr(logging, log_level.upper()))
     announcements: list[asyncio.Task[None]] = []
 
     def on_listen(server: RunningServer) -> None:

@@ -25,6 +25,7 @@ def serve(
     reflection: option.Reflection = True,
     channelz: option.Channelz = False,
     log_format: option.LogFormat = "text",
+    log_level: option.LogLevel = "info",
     as_json: option.Json = False,
 ) -> None:
     """Serve a model over gRPC until SIGTERM or Ctrl-C, then drain. Every option is also an environment variable.
@@ -59,4 +60,4 @@ def serve(
         enable_channelz=channelz,
         log_format=log_format,
     )
-    running.serve_until_told(config, as_json=as_json)
+    running.serve_until_told(config, log_level, as_json=as_json)

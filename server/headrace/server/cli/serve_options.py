@@ -154,4 +154,13 @@ LogFormat = Annotated[
         help="Form of the log on standard error.",
     ),
 ]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    typer.Option(
+        "--log-level",
+        envvar="HEADRACE_LOG_LEVEL",
+        rich_help_panel=_OPERATION,
+        help="What is logged at least; every request is an info.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="When ready, print one line of JSON: target, model, process id.")]
