@@ -16,7 +16,7 @@ from _common import finish, make_parser, threads_of, workload_of
 from _engine_load import EngineLoad, build
 from headrace.client import AsyncClient
 from headrace.server.cli import load_grpc
-from headrace.server.cli.load import Slo, Workload, summarise
+from headrace.server.cli.load import PlannedRequest, Record, Slo, Workload, summarise
 from headrace.server.cli.output import bytes_text
 
 GOAL = 0.95
@@ -76,7 +76,7 @@ def measure(
     return pairs
 
 
-async def _send(target: str, workload: Workload, planned: list[load_grpc.PlannedRequest]) -> list[load_grpc.Record]:
+async def _send(target: str, workload: Workload, planned: list[PlannedRequest]) -> list[Record]:
     async with AsyncClient(target, retries=False) as client:
         return await load_grpc.send(client, workload, planned)
 
