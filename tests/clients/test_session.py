@@ -20,9 +20,7 @@ from headrace.client import (
     UnavailableError,
 )
 
-from tests.support.live_server import LiveServer, live_server, until
-
-LONG = 400  # tokens of 10 ms each: does not end by itself within a test
+from tests.support.live_server import LONG, LiveServer, live_server, until
 
 
 @pytest.fixture
@@ -73,14 +71,16 @@ def test_cancel_ends_one_and_no_other(session: Session) -> None:
     *_, last = doomed
     assert last.finish is not None
     assert last.finish.reason == "cancelled"
+    assert last.finish.usage.generated_tokens < LONG / 2
     assert len(ids(other)) == 20
 
 
 def test_leaving_a_generations_with_block_cancels_it(session: Session, live_server: LiveServer) -> None:
+    since = live_server.steps()
     with session.start(token_ids=[5], max_tokens=LONG, temperature=0) as generation:
         next(generation)
         assert live_server.stats()["sequences"] == 1
-    live_server.wait_idle()
+    live_server.wait_freed(since)
 
 
 def test_cancelling_what_has_ended_does_nothing(session: Session, refused: list[HeadraceError]) -> None:
@@ -169,13 +169,14 @@ def test_drain_lets_what_runs_finish(session: Session) -> None:
 
 
 def test_closing_a_session_cancels_what_runs(live_server: LiveServer) -> None:
+    since = live_server.steps()
     with Client(live_server.target) as client:
         session = client.session()
         generation = session.start(token_ids=[5], max_tokens=LONG, temperature=0)
         next(generation)
         session.close()
         session.close()
-        live_server.wait_idle()
+        live_server.wait_freed(since)
         with pytest.raises(RequestCancelledError):
             list(generation)
         assert session.has_ended

@@ -18,7 +18,7 @@ from headrace.client import (
     UnavailableError,
 )
 
-from tests.support.live_server import LiveServer
+from tests.support.live_server import LONG, LiveServer
 
 
 @pytest.fixture
@@ -99,40 +99,43 @@ def test_a_refused_field_is_named(client: Client) -> None:
 
 
 def test_closing_frees_the_servers_work(client: Client, live_server: LiveServer) -> None:
-    chunks = client.generate(token_ids=[5], max_tokens=400, temperature=0)
+    since = live_server.steps()
+    chunks = client.generate(token_ids=[5], max_tokens=LONG, temperature=0)
     next(chunks)
     assert live_server.stats()["sequences"] == 1
     chunks.close()
     assert list(chunks) == []
-    live_server.wait_idle()
+    live_server.wait_freed(since)
 
 
 def test_leaving_the_with_block_frees_the_servers_work(client: Client, live_server: LiveServer) -> None:
-    with client.generate(token_ids=[5], max_tokens=400, temperature=0) as chunks:
+    since = live_server.steps()
+    with client.generate(token_ids=[5], max_tokens=LONG, temperature=0) as chunks:
         next(chunks)
-    live_server.wait_idle()
+    live_server.wait_freed(since)
 
 
 def test_dropping_the_iterator_frees_the_servers_work(client: Client, live_server: LiveServer) -> None:
-    for _ in client.generate(token_ids=[5], max_tokens=400, temperature=0):
+    since = live_server.steps()
+    for _ in client.generate(token_ids=[5], max_tokens=LONG, temperature=0):
         break
-    live_server.wait_idle()
+    live_server.wait_freed(since)
 
 
 def test_closing_from_another_thread_ends_the_iteration(client: Client) -> None:
-    chunks = client.generate(token_ids=[5], max_tokens=400, temperature=0)
+    chunks = client.generate(token_ids=[5], max_tokens=LONG, temperature=0)
     next(chunks)
     timer = threading.Timer(0.05, chunks.close)
     timer.start()
-    assert len(list(chunks)) < 400
+    assert len(list(chunks)) < LONG / 2
     timer.join()
 
 
 def test_the_deadline_is_the_callers(client: Client, live_server: LiveServer) -> None:
     with pytest.raises(DeadlineExceededError):
-        list(client.generate(token_ids=[5], max_tokens=400, temperature=0, timeout=0.1))
+        list(client.generate(token_ids=[5], max_tokens=LONG, temperature=0, timeout=0.1))
     with Client(live_server.target, timeout=0.1) as hasty, pytest.raises(DeadlineExceededError):
-        hasty.complete(token_ids=[5], max_tokens=400, temperature=0)
+        hasty.complete(token_ids=[5], max_tokens=LONG, temperature=0)
 
 
 def test_ready_servers_are_waited_for(client: Client) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
+LONG = 400  # tokens of a stream that no test waits for
 PATIENCE = 20.0  # seconds for what should take milliseconds; only a failure waits that long
 
 
@@ -35,6 +36,15 @@ class LiveServer:
     def wait_idle(self) -> None:
         """Until everything has been given back; fails after PATIENCE."""
         until(lambda: self._is_idle(self.stats()), self.stats)
+
+    def steps(self) -> int:
+        """Engine steps so far."""
+        return self.stats()["steps"]
+
+    def wait_freed(self, since: int) -> None:
+        """Until everything has been given back, and long before LONG tokens were generated after step `since`."""
+        self.wait_idle()
+        assert self.steps() - since < LONG / 2, "it ran to its end"
 
     def kill(self) -> None:
         """End the process as a crash would."""
@@ -98,6 +108,7 @@ async def _serve(step_seconds: float, settings: dict[str, Any]) -> None:
                 "calls": live.num_live,
                 "sequences": live.num_sequences,
                 "tokens": live.num_tokens,
+                "steps": blocks.num_steps,
                 "free_blocks": blocks.num_free_blocks,
                 "all_blocks": blocks.num_total_blocks,
             }
