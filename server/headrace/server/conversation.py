@@ -18,7 +18,8 @@ from headrace.v1 import inference_pb2 as pb
 
 @dataclass(frozen=True)
 class _Turns:
-    """A conversation at rest. ids: the tokens of `text`; None where they are not known exactly."""
+    """A conversation at rest, its texts shielded (`Prompts.messages`). ids: the tokens of `text`; None where they are
+    not known exactly."""
 
     messages: tuple[dict[str, str], ...]
     text: str
@@ -55,10 +56,10 @@ class Conversation:
             return
         if news.ending.stop_token_id is not None:
             self._answer_ids.pop()  # the template writes it again
-        answer = {"role": "assistant", "content": self._answer}
+        answer = self._tokenizer.shield(self._answer)
         self._rest = _Turns(
-            (*self._asked, answer),
-            self._prompt.rendered + self._answer,
+            (*self._asked, {"role": "assistant", "content": answer}),
+            self._prompt.rendered + answer,
             (*self._prompt.ids, *self._answer_ids) if not news.ending.stop_string else None,
         )
         self.is_busy = False

@@ -97,10 +97,11 @@ class InferenceService:
         """The ids Generate would compute."""
         validate.check_model(request.model, self._host.name)
         validate.tokenize(request, self._host.limits())
+        prompts = self._host.prompts()
         with self._admission.open(0):
-            prepared = await self._host.prompts().prepare(request.prompt)
+            prepared = await prompts.prepare(request.prompt)
         call.facts["prompt_tokens"] = len(prepared.ids)
-        return pb.TokenizeResponse(token_ids=prepared.ids, rendered=prepared.rendered)
+        return pb.TokenizeResponse(token_ids=prepared.ids, rendered=prompts.show(prepared))
 
     async def detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:
         """The text of ids."""

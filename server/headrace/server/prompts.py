@@ -37,7 +37,10 @@ ROLE_NAMES = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """Token ids of a prompt, and the text they stand for ("" where the prompt came as ids)."""
+    """Token ids of a prompt, and the text they stand for ("" where the prompt came as ids).
+
+    The text of a chat carries the marks of `Tokenizer.shield`; `Prompts.show` takes them off.
+    """
 
     ids: list[int]
     rendered: str
@@ -59,10 +62,19 @@ class Prompts:
         if form == "text":
             ids = await self.encode(prompt.text, add_bos=self._tokenizer.add_bos, parse_special=False)
             return Prepared(ids, prompt.text)
-        messages = message_dicts(prompt.chat.messages)
+        messages = self.messages(prompt.chat.messages)
         rendered = await self.render(messages, not prompt.chat.omit_generation_prompt, f"{field}.chat.messages")
         # The template writes the BOS token itself where the model wants one.
         return Prepared(await self.encode(rendered, add_bos=False, parse_special=True), rendered)
+
+    def messages(self, messages: Iterable[pb.ChatMessage]) -> list[dict[str, str]]:
+        """Chat messages as templates expect them; control tokens that a user wrote out stay text in the rendering."""
+        shield = self._tokenizer.shield
+        return [{"role": ROLE_NAMES[message.role], "content": shield(message.content)} for message in messages]
+
+    def show(self, prepared: Prepared) -> str:
+        """The text of a prompt as a client may see it."""
+        return self._tokenizer.unshield(prepared.rendered)
 
     async def render(self, messages: list[dict[str, str]], add_generation_prompt: bool, field: str) -> str:
         """The conversation as text. Raises NO_CHAT_TEMPLATE, TEMPLATE_FAILED, or TEMPLATE_REFUSED about `field`."""
@@ -104,8 +116,3 @@ class Prompts:
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._template is not None:
             await self._template.close()
-
-
-def message_dicts(messages: Iterable[pb.ChatMessage]) -> list[dict[str, str]]:
-    """Chat messages as templates expect them."""
-    return [{"role": ROLE_NAMES[message.role], "content": message.content} for message in messages]

@@ -22,7 +22,6 @@ from headrace.server.engine_client import Mailbox, TokenStream
 from headrace.server.errors import InvalidRequestError, ServerError, Violation
 from headrace.server.generation import ExpiredError, Generation
 from headrace.server.model_host import ModelHost
-from headrace.server.prompts import message_dicts
 from headrace.server.rpc import Call, ClientGoneError
 from headrace.server.starter import Start, Starter
 from headrace.v1 import inference_pb2 as pb
@@ -210,7 +209,7 @@ class Session:
             conversation = None
             if command.conversation_id:
                 conversation = Conversation(self._host.prompts(), self._host.front().tokenizer, request)
-                conversation.ask(message_dicts(request.prompt.chat.messages), prepared)
+                conversation.ask(self._host.prompts().messages(request.prompt.chat.messages), prepared)
             start = Start(prepared.ids, request.sampling, request.cache_salt, self._deadline(), "start.request.")
             self._launch(command.generation_id, start, guard, conversation)
         if conversation is not None:
@@ -226,7 +225,7 @@ class Session:
             raise ServerError(errors.CONVERSATION_BUSY)
         sampling = command.sampling if command.HasField("sampling") else conversation.sampling
         with self._guarded() as guard:
-            messages = message_dicts(command.messages)
+            messages = self._host.prompts().messages(command.messages)
             prepared = await conversation.continuation(messages, "append.messages")
             start = Start(prepared.ids, sampling, conversation.salt, self._deadline(), "append.")
             conversation.ask(messages, prepared)
