@@ -164,10 +164,13 @@ def error_lines() -> Iterator[str]:
     yield ""
     yield "Every status but OK carries `google.rpc.ErrorInfo` with domain `headrace.dev` and one of these reasons."
     yield ""
+    yield "A retry helps where the last column says so; RetryInfo then says when."
+    yield ""
     yield "| reason | code | message | retry |"
     yield "| --- | --- | --- | --- |"
-    for entry in sorted(CATALOGUE, key=lambda entry: (entry.code.value[0], entry.reason)):
-        yield f"| `{entry.reason}` | {entry.code.name} | {entry.message} | {entry.retry} |"
+    for kind in sorted(CATALOGUE, key=lambda kind: (kind.code.value[0], kind.reason)):
+        retry = "later or elsewhere" if kind.is_retryable else ""
+        yield f"| `{kind.reason}` | {kind.code.name} | {kind.message} | {retry} |"
     yield ""
 
 
