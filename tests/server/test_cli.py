@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from headrace.client import Client
 
 from tests.server.cli_support import COMMAND, Invoke, invoke
-from tests.support.live_server import LiveServer
+from tests.support.live_server import LONG, LiveServer
 
 __all__ = ["invoke"]  # a fixture
 
@@ -106,7 +107,8 @@ def test_a_missing_prompt_is_wrong_usage(invoke: Invoke) -> None:
 
 
 def test_the_reader_may_leave(live_server: LiveServer) -> None:
-    command = [*COMMAND, "generate", "x", "-n", "400", "--temperature", "0", "-t", live_server.target]
+    since = live_server.steps()
+    command = [*COMMAND, "generate", "x", "-n", str(LONG), "--temperature", "0", "-t", live_server.target]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -114,7 +116,20 @@ def test_the_reader_may_leave(live_server: LiveServer) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait() == 1
-    live_server.wait_idle()
+    live_server.wait_freed(since)
+
+
+def test_ctrl_c_ends_a_stream_and_frees_the_servers_work(live_server: LiveServer) -> None:
+    since = live_server.steps()
+    command = [*COMMAND, "generate", "x", "-n", str(LONG), "--temperature", "0", "-t", live_server.target]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait() == 130
+    live_server.wait_freed(since)
 
 
 def test_failures_are_a_sentence_and_a_status(invoke: Invoke, live_server: LiveServer) -> None:

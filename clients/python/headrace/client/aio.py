@@ -57,7 +57,7 @@ class AsyncGeneration:
         except asyncio.CancelledError:
             if self._is_closed:  # closed by another task while this one waited
                 raise StopAsyncIteration from None
-            self.cancel()
+            self._is_closed = True  # gRPC has cancelled the call
             raise
         return convert.to_chunk(response.chunk)
 

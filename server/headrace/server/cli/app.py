@@ -6,7 +6,6 @@ Each command is a module whose function has the options in its signature and imp
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -59,10 +58,6 @@ def run() -> int:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except KeyboardInterrupt:
         return output.INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has left (`headrace generate | head -1`): nothing to say, and nobody to say it to.
-        sys.stdout = None
-        return output.FAILED
     except Exception as error:
         status = output.explain(error)
         if status is None:
