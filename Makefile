@@ -47,8 +47,10 @@ lint: $(DEV)
 types: $(DEV)
 	$(BIN)/mypy
 
-bench: $(DEV) ## print the benches: the engine alone, over gRPC, and their ratio
+bench: $(DEV) ## print the benches: latencies over gRPC, the engine alone, what gRPC costs
 	@$(BIN)/headrace pull
+	$(BIN)/python bench/serve.py $(ARGS)
+	$(BIN)/python bench/engine.py $(ARGS)
 	$(BIN)/python bench/overhead.py $(ARGS)
 
 protos: $(DEV) ## generate the code of protos/
