@@ -27,7 +27,7 @@ class Case:
         totals = [a + b for a, b in zip(self.computed, self.new, strict=True)]
         per_sequence = [math.ceil(total / self.block_size) for total in totals]
         num_blocks = sum(per_sequence) + 3
-        order = rng.permutation(num_blocks).tolist()
+        order = rng.permutation(np.arange(1, num_blocks)).tolist()  # block 0 stays garbage
         tables = np.zeros((len(totals), max(per_sequence)), np.int32)
         for row, count in zip(tables, per_sequence, strict=True):
             row[:count] = [order.pop() for _ in range(count)]
