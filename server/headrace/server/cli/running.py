@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def serve_until_told(config: ServerConfig, log_level: str, *, as_json: bool) -> None:
     """Serves until SIGTERM or SIGINT. Raises ModelError, OSError or CommandError where that cannot be."""
     from headrace.server import logs
-    from headrace.server.app import serve_forever
+    from headrace.server.app import run_server
 
     config = fetch(config)
     logs.configure(config.log_format, getattr(logging, log_level.upper()))
@@ -28,7 +28,7 @@ def serve_until_told(config: ServerConfig, log_level: str, *, as_json: bool) -> 
     def on_listen(server: RunningServer) -> None:
         announcements.append(asyncio.ensure_future(_announce(server, as_json)))
 
-    status = asyncio.run(serve_forever(config, on_listen))
+    status = run_server(config, on_listen)
     if status != 0:
         raise output.CommandError("the model cannot be served; the log says why")
 
@@ -62,7 +62,7 @@ async def _announce(server: RunningServer, as_json: bool) -> None:
     try:
         await wait_ready(server)
     except output.CommandError:
-        return  # serve_forever sees it too, and ends
+        return  # run_server sees it too, and ends
     if as_json:
         print_ready(server)
     else:
