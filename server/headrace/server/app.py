@@ -125,17 +125,27 @@ async def start_server(
             await model
 
 
-def run_server(config: ServerConfig, on_listen: Callable[[RunningServer], None] | None = None) -> int:
+def run_server(
+    config: ServerConfig,
+    on_listen: Callable[[RunningServer], None] | None = None,
+    *,
+    engine_command: Sequence[str] = ENGINE_COMMAND,
+) -> int:
     """`serve_forever` on an event loop of its own; uvloop's where it is installed, which costs a third less per
     message."""
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(serve_forever(config, on_listen))
-    return uvloop.run(serve_forever(config, on_listen))
+        return asyncio.run(serve_forever(config, on_listen, engine_command=engine_command))
+    return uvloop.run(serve_forever(config, on_listen, engine_command=engine_command))
 
 
-async def serve_forever(config: ServerConfig, on_listen: Callable[[RunningServer], None] | None = None) -> int:
+async def serve_forever(
+    config: ServerConfig,
+    on_listen: Callable[[RunningServer], None] | None = None,
+    *,
+    engine_command: Sequence[str] = ENGINE_COMMAND,
+) -> int:
     """Serve until SIGTERM or SIGINT, or until the model has failed. Returns the process's exit status."""
     telemetry.configure(version("headrace"))
     loop = asyncio.get_running_loop()
@@ -146,7 +156,7 @@ async def serve_forever(config: ServerConfig, on_listen: Callable[[RunningServer
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    async with start_server(config) as running:
+    async with start_server(config, engine_command=engine_command) as running:
         if on_listen is not None:
             on_listen(running)
         stopped = asyncio.ensure_future(stop.wait())

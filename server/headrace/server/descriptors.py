@@ -11,6 +11,7 @@ from __future__ import annotations
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
+from google.rpc import error_details_pb2
 from grpc_channelz.v1 import channelz_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
@@ -33,7 +34,8 @@ def build_pool() -> DescriptorPool:
     """A pool with all services of the server and what they import."""
     pool = DescriptorPool()
     added: set[str] = set()
-    for module in (inference_pb2, models_pb2, channelz_pb2, reflection_pb2):
+    # With the details of errors: grpcurl then prints them instead of base64.
+    for module in (inference_pb2, models_pb2, channelz_pb2, reflection_pb2, error_details_pb2):
         _add(pool, module.DESCRIPTOR, added)
     pool.Add(_health_file())
     pool.Add(_reflection_v1_file())

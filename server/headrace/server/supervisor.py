@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,9 +27,11 @@ log = logging.getLogger("headrace.server")
 
 ENGINE_COMMAND = (sys.executable, "-m", "headrace.server.engine_main")
 _SOCKET_BUFFER_BYTES = 1 << 20
-_EXIT_SECONDS = 5.0  # for an engine that was hung up on; then it is killed
+_DYING_SECONDS = 0.2  # for one that was not ready
+_EXIT_SECONDS = 2.0  # for an engine that was hung up on; then it is killed
 _DUMP_SECONDS = 1.0  # for a hung engine to write its stacks
 _FIRST_BACKOFF = 0.1
+_POLL_SECONDS = 0.005
 
 
 class EngineState(Enum):
@@ -93,15 +96,16 @@ class Supervisor:
         for end in (near, far):
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 end.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+        is_ready = False
         client = EngineClient(config.stream_buffer_tokens, config.stall_timeout, self._progressed)
-        process: asyncio.subprocess.Process | None = None
+        process: subprocess.Popen[bytes] | None = None
         try:
             with far:
-                process = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    *("--fd", str(far.fileno()), "--parent", str(os.getpid())),
+                # Popen, not the loop's own: it uses vfork, so that no fork handler of gRPC's threads ever runs.
+                process = subprocess.Popen(
+                    [*self._command, "--fd", str(far.fileno()), "--parent", str(os.getpid())],
                     pass_fds=(far.fileno(),),
-                    stdin=asyncio.subprocess.DEVNULL,
+                    stdin=subprocess.DEVNULL,
                 )
             self.pid = process.pid
             await asyncio.get_running_loop().create_unix_connection(lambda: client, sock=near)
@@ -110,6 +114,7 @@ class Supervisor:
             await asyncio.wait((client.ready, client.closed), return_when=asyncio.FIRST_COMPLETED)
             if client.ready.done() and not client.ready.cancelled():
                 self.ready = client.ready.result()
+                is_ready = True
                 self.client = client
                 self._set(EngineState.READY)
                 log.info("engine %d is ready (%s)", process.pid, self.ready.backend)
@@ -122,9 +127,10 @@ class Supervisor:
             client.close()
             near.close()
             if process is not None:
-                await _end(process)
+                # One that is still loading does not look at its socket; one that steps does.
+                await _end(process, _EXIT_SECONDS if is_ready else _DYING_SECONDS)
 
-    async def _watch(self, client: EngineClient, process: asyncio.subprocess.Process) -> None:
+    async def _watch(self, client: EngineClient, process: subprocess.Popen[bytes]) -> None:
         """Until the engine's end of the socket closes; an engine that says nothing for too long is killed."""
         loop = asyncio.get_running_loop()
         hang_timeout = self._config.hang_timeout
@@ -152,17 +158,16 @@ class Supervisor:
         self._on_change()
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Wait for a process whose socket is closed; kill it where that takes too long. Never leaves it behind."""
-    waiting = asyncio.ensure_future(process.wait())
+async def _end(process: subprocess.Popen[bytes], patience: float) -> None:
+    """Reap a process whose socket is closed; kill it where it takes too long. Never leaves it behind."""
+    loop = asyncio.get_running_loop()
+    limit = loop.time() + patience
     try:
-        done, _ = await asyncio.wait((waiting,), timeout=_EXIT_SECONDS)
-        if not done:
-            log.warning("engine %d did not exit; killing it", process.pid)
+        while process.poll() is None and loop.time() < limit:
+            await asyncio.sleep(_POLL_SECONDS)
     finally:
-        if process.returncode is None and not waiting.done():
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        await asyncio.shield(waiting)
+        if process.poll() is None:
+            process.kill()
+            process.wait()  # the kernel does not keep us waiting
     if process.returncode:
         log.warning("engine %d ended with status %d", process.pid, process.returncode)
