@@ -156,6 +156,7 @@ async def test_a_session_that_is_not_read_ends_as_a_whole(tiny_llama_gguf: Path)
         ]
         stream = RawStream(server.running.port, "Session", *(s.SerializeToString() for s in starts), window=100)
         await stream.open()
+        await until(lambda: _parked(server, 3))
         stats = await server.idle_stats()
         assert stats.num_free_blocks == stats.num_total_blocks
         trailers = await stream.read_to_end()
