@@ -1,0 +1,87 @@
+"""Traces: one span per RPC under the caller's, named and attributed by the conventions, without content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from headrace.server import telemetry
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from tests.server import scripted_engine
+from tests.server.support import Bench, chat_prompt, drained, failure, tokens_request, until
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+PARENT_ID = "b7ad6b7169203331"
+
+
+@pytest.fixture
+def spans() -> Iterator[InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    telemetry.use_provider(provider)
+    yield exporter
+    telemetry.use_provider(None)
+    provider.shutdown()
+
+
+async def _span(spans: InMemorySpanExporter) -> Any:
+    await until(lambda: len(spans.get_finished_spans()) == 1)
+    (span,) = spans.get_finished_spans()
+    spans.clear()
+    return span
+
+
+async def test_a_call_is_a_span_under_its_callers(counting: Bench, spans: InMemorySpanExporter) -> None:
+    request = tokens_request(max_tokens=4)
+    request.prompt.CopyFrom(chat_prompt("CANARY prompt"))
+    metadata = (("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01"), ("tracestate", ""))
+    await drained(counting.stub.Generate(request, metadata=metadata))
+    span = await _span(spans)
+    assert format(span.context.trace_id, "032x") == TRACE_ID
+    assert format(span.parent.span_id, "016x") == PARENT_ID
+    assert (span.kind, span.name) == (SpanKind.SERVER, "chat tiny")
+    assert span.status.status_code == StatusCode.UNSET
+    attributes = dict(span.attributes)
+    assert attributes["rpc.method"] == "headrace.v1.InferenceService/Generate"
+    assert attributes["rpc.system.name"] == "grpc"
+    assert attributes["rpc.response.status_code"] == "OK"
+    assert attributes["gen_ai.request.model"] == "tiny"
+    assert attributes["gen_ai.request.max_tokens"] == 4
+    assert attributes["gen_ai.usage.output_tokens"] == 4
+    assert attributes["gen_ai.usage.input_tokens"] > 5
+    assert attributes["gen_ai.response.finish_reasons"] == ("length",)
+    assert "CANARY" not in span.to_json()
+
+
+async def test_the_callers_fault_is_no_error_of_the_server(counting: Bench, spans: InMemorySpanExporter) -> None:
+    await failure(drained(counting.stub.Generate(tokens_request(top_p=9.0))))
+    span = await _span(spans)
+    assert span.attributes["rpc.response.status_code"] == "INVALID_ARGUMENT"
+    assert span.attributes["error.type"] == "INVALID_REQUEST"
+    assert span.status.status_code == StatusCode.UNSET
+    await failure(drained(counting.stub.Generate(tokens_request([scripted_engine.NAN]))))
+    span = await _span(spans)
+    assert (span.attributes["error.type"], span.status.status_code) == ("NUMERIC", StatusCode.ERROR)
+
+
+async def test_a_cancelled_call_says_so(counting: Bench, spans: InMemorySpanExporter) -> None:
+    call = counting.stub.Session()
+    await call.initial_metadata()
+    call.cancel()
+    assert (await _span(spans)).attributes["rpc.response.status_code"] == "CANCELLED"
+
+
+async def test_probes_leave_no_spans(counting: Bench, spans: InMemorySpanExporter) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(counting.channel)
+    await stub.Check(health_pb2.HealthCheckRequest())
+    await drained(counting.stub.Generate(tokens_request()))
+    assert (await _span(spans)).name == "text_completion tiny"
