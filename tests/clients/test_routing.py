@@ -26,8 +26,10 @@ class Probe:
         chunk = pb.SessionChunk(generation_id="g1", chunk=pb.GenerationChunk(text="x", finish=finish))
         self.router.dispatch(pb.SessionResponse(chunk=chunk))
 
-    def error(self, code: grpc.StatusCode, reason: str = "", generation_id: str = "g1") -> None:
-        event = pb.SessionError(generation_id=generation_id, code=code.value[0], reason=reason)
+    def error(
+        self, code: grpc.StatusCode, reason: str = "", generation_id: str = "g1", *, is_final: bool = False
+    ) -> None:
+        event = pb.SessionError(generation_id=generation_id, code=code.value[0], reason=reason, is_final=is_final)
         self.router.dispatch(pb.SessionResponse(error=event))
 
 
@@ -39,39 +41,25 @@ def probe() -> Probe:
 C = grpc.StatusCode
 
 
-def test_every_error_before_the_start_ends_the_generation(probe: Probe) -> None:
-    probe.error(C.INVALID_ARGUMENT)
+@pytest.mark.parametrize("is_final", [True, False])
+def test_only_a_final_error_ends_the_generation(probe: Probe, is_final: bool) -> None:
+    probe.started()
+    probe.error(C.RESOURCE_EXHAUSTED, "OVERLOADED", is_final=is_final)
+    assert probe.router.is_running("g1") is not is_final
+    assert isinstance(probe.events[-1], HeadraceError) is is_final
+    assert len(probe.refused) == (not is_final)
+
+
+def test_a_refused_start_ends_the_generation(probe: Probe) -> None:
+    probe.error(C.INVALID_ARGUMENT, is_final=True)
     assert isinstance(probe.events[-1], HeadraceError)
     assert not probe.router.is_running("g1")
-
-
-@pytest.mark.parametrize(
-    ("code", "reason", "has_chunk", "ends"),
-    [
-        (C.INVALID_ARGUMENT, "INVALID_REQUEST", False, False),  # an update out of range
-        (C.RESOURCE_EXHAUSTED, "OVERLOADED", True, False),  # an update for which there is no room
-        (C.RESOURCE_EXHAUSTED, "OVERLOADED", False, True),  # the engine's queue was full after all
-        (C.RESOURCE_EXHAUSTED, "TIME_LIMIT", True, True),
-        (C.INTERNAL, "NUMERIC", True, True),
-        (C.UNAVAILABLE, "ENGINE_RESTARTED", False, True),
-    ],
-)
-def test_which_errors_end_a_running_generation(
-    probe: Probe, code: grpc.StatusCode, reason: str, has_chunk: bool, ends: bool
-) -> None:
-    probe.started()
-    if has_chunk:
-        probe.chunk()
-    probe.error(code, reason)
-    assert probe.router.is_running("g1") is not ends
-    assert isinstance(probe.events[-1], HeadraceError) is ends
-    assert len(probe.refused) == (not ends)
 
 
 def test_a_command_that_came_too_late_is_nobodys_business(probe: Probe) -> None:
     probe.started()
     probe.chunk(pb.Finish(reason=pb.FINISH_REASON_STOP))
-    probe.error(C.NOT_FOUND, "GENERATION_NOT_FOUND")
+    probe.error(C.NOT_FOUND, "GENERATION_NOT_FOUND", is_final=True)
     assert probe.refused == []
     probe.error(C.INVALID_ARGUMENT, generation_id="")
     assert len(probe.refused) == 1

@@ -298,8 +298,8 @@ async def test_ids_in_use_are_refused_and_free_again_afterwards(tiny_llama_gguf:
         while len(errors) < 2:
             event = await talk.event()
             if event.HasField("error"):
-                errors.append((event.error.generation_id, event.error.reason))
-        assert errors == [("a", "GENERATION_EXISTS"), ("b", "CONVERSATION_BUSY")]
+                errors.append((event.error.generation_id, event.error.reason, event.error.is_final))
+        assert errors == [("a", "GENERATION_EXISTS", False), ("b", "CONVERSATION_BUSY", True)]
         await talk.until_ended("a")
         await talk.start("a", tokens_request(max_tokens=2))
         await talk.until_ended("a")

@@ -1034,6 +1034,7 @@ class SessionError(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_SECONDS_FIELD_NUMBER: _builtins.int
+    IS_FINAL_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """The generation that the failed command named; empty where it named none."""
     code: _builtins.int
@@ -1046,6 +1047,10 @@ class SessionError(_message.Message):
     """The offending field, for INVALID_ARGUMENT; else empty."""
     retry_after_seconds: _builtins.float
     """Seconds to wait before a retry; 0 where a retry does not help."""
+    is_final: _builtins.bool
+    """No more events will come for generation_id: it failed, or never began. False: the command failed, and the
+    generation that it named goes on.
+    """
     def __init__(
         self,
         *,
@@ -1055,10 +1060,11 @@ class SessionError(_message.Message):
         message: _builtins.str = ...,
         field: _builtins.str = ...,
         retry_after_seconds: _builtins.float = ...,
+        is_final: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "generation_id", b"generation_id", "message", b"message", "reason", b"reason", "retry_after_seconds", b"retry_after_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "generation_id", b"generation_id", "is_final", b"is_final", "message", b"message", "reason", b"reason", "retry_after_seconds", b"retry_after_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

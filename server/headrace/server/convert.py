@@ -154,8 +154,8 @@ def score_response(
     )
 
 
-def session_error(generation_id: str, error: ServerError) -> pb.SessionResponse:
-    """A failure as an event of a session."""
+def session_error(generation_id: str, error: ServerError, *, is_final: bool) -> pb.SessionResponse:
+    """A failure as an event of a session. is_final: the generation does not run, or runs no longer."""
     return pb.SessionResponse(
         error=pb.SessionError(
             generation_id=generation_id,
@@ -164,6 +164,7 @@ def session_error(generation_id: str, error: ServerError) -> pb.SessionResponse:
             message=error.message,
             field=error.violations[0].field if error.violations else "",
             retry_after_seconds=error.retry_after or 0.0,
+            is_final=is_final,
         )
     )
 

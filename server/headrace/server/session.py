@@ -151,7 +151,7 @@ class Session:
         if entry.conversation is not None and not entry.conversation.roll_back():
             self._conversations = {k: c for k, c in self._conversations.items() if c is not entry.conversation}
         self._remove(entry)
-        self._emit(convert.session_error(entry.id, error))
+        self._emit(convert.session_error(entry.id, error, is_final=True))
 
     def _remove(self, entry: _Entry) -> None:
         entry.close()
@@ -172,7 +172,7 @@ class Session:
             try:
                 await self._carry_out(request, command)
             except ServerError as error:
-                self._emit(convert.session_error(generation_id, error))
+                self._emit(convert.session_error(generation_id, error, is_final=generation_id not in self._entries))
             while len(self._events) >= _MAX_WAITING_EVENTS:
                 self._has_room.clear()
                 await self._has_room.wait()

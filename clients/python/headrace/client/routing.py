@@ -21,11 +21,6 @@ from headrace.v1 import inference_pb2 as pb
 
 _log = logging.getLogger("headrace.client")
 
-# What an update or a cancel can be refused with while its generation runs on. Every other error ends the generation.
-# OVERLOADED is both: the engine's queue was full (before the first chunk), or an update asked for more than there is.
-_COMMAND_CODES = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND})
-_OVERLOADED = "OVERLOADED"
-
 
 @dataclass(frozen=True)
 class Started:
@@ -35,13 +30,6 @@ class Started:
 
 
 Event = Started | Chunk | HeadraceError
-
-
-@dataclass
-class _Route:
-    put: Callable[[Event], None]
-    is_started: bool = False
-    has_chunk: bool = False
 
 
 def log_command_error(error: HeadraceError) -> None:
@@ -54,7 +42,7 @@ class SessionRouter:
 
     def __init__(self, on_command_error: Callable[[HeadraceError], None] | None) -> None:
         self._on_command_error = on_command_error or log_command_error
-        self._routes: dict[str, _Route] = {}
+        self._routes: dict[str, Callable[[Event], None]] = {}  # where each generation's events go
         self._pings: dict[int, tuple[float, Callable[[Pong | HeadraceError], None]]] = {}
         self._ended: HeadraceError | None = None
         self._numbers = itertools.count(1)
@@ -70,7 +58,7 @@ class SessionRouter:
             name = generation_id or f"g{next(self._numbers)}"
             if name in self._routes:
                 raise ValueError(f"generation {name!r} is running already")
-            self._routes[name] = _Route(put)
+            self._routes[name] = put
             return name
 
     def open_ping(self, put: Callable[[Pong | HeadraceError], None]) -> int:
@@ -105,7 +93,7 @@ class SessionRouter:
         elif kind == "chunk":
             self._on_chunk(response.chunk)
         elif kind == "error":
-            self._on_error(error_from_session(response.error))
+            self._on_error(error_from_session(response.error), response.error.is_final)
         elif kind == "pong":
             with self._lock:
                 sent, put = self._pings.pop(response.pong.nonce, (0.0, None))
@@ -118,10 +106,10 @@ class SessionRouter:
             self._ended = self._ended or error
             routes, self._routes = self._routes, {}
             pings, self._pings = self._pings, {}
-        for route in routes.values():
-            route.put(error)
-        for _, put in pings.values():
-            put(error)
+        for put_event in routes.values():
+            put_event(error)
+        for _, put_pong in pings.values():
+            put_pong(error)
 
     def _check_open(self) -> None:
         if self._ended is not None:
@@ -129,37 +117,23 @@ class SessionRouter:
 
     def _on_started(self, event: pb.SessionStarted) -> None:
         with self._lock:
-            route = self._routes.get(event.generation_id)
-            if route is not None:
-                route.is_started = True
-        if route is not None:
-            route.put(Started(event.prompt_tokens))
+            put = self._routes.get(event.generation_id)
+        if put is not None:
+            put(Started(event.prompt_tokens))
 
     def _on_chunk(self, event: pb.SessionChunk) -> None:
         chunk = convert.to_chunk(event.chunk)
         with self._lock:
-            route = self._routes.get(event.generation_id)
-            if route is not None:
-                route.has_chunk = True
+            put = self._routes.get(event.generation_id)
             if chunk.finish is not None:
                 self._routes.pop(event.generation_id, None)
-        if route is not None:
-            route.put(chunk)
+        if put is not None:
+            put(chunk)
 
-    def _on_error(self, error: HeadraceError) -> None:
+    def _on_error(self, error: HeadraceError, is_final: bool) -> None:
         with self._lock:
-            route = self._routes.get(error.generation_id)
-            ends = route is not None and _ends(route, error)
-            if ends:
-                del self._routes[error.generation_id]
-        if route is not None and ends:
-            route.put(error)
+            put = self._routes.pop(error.generation_id, None) if is_final else None
+        if put is not None:
+            put(error)
         elif error.code is not grpc.StatusCode.NOT_FOUND:  # not found: the generation ended before the command came
             self._on_command_error(error)
-
-
-def _ends(route: _Route, error: HeadraceError) -> bool:
-    """Whether the error ends the generation; else it is about a command to one that runs on."""
-    if not route.is_started:
-        return True
-    return error.code not in _COMMAND_CODES and not (route.has_chunk and error.reason == _OVERLOADED)
