@@ -146,10 +146,12 @@ class ServerError(Exception):
         return status_pb2.Status(code=self.kind.code.value[0], message=self.message, details=packed)
 
     def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
-        """The status's details, and the pushback that gRPC clients obey (gRFC A6) where a retry helps."""
+        """The status's details, and the pushback that gRPC clients obey (gRFC A6): when to retry, or not to."""
         metadata: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", self.status().SerializeToString())]
         if self.retry_after is not None:
             metadata.append(("grpc-retry-pushback-ms", str(max(1, round(self.retry_after * 1000)))))
+        elif not self.kind.is_retryable:
+            metadata.append(("grpc-retry-pushback-ms", "-1"))
         return tuple(metadata)
 
 
