@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -89,6 +90,7 @@ async def test_what_runs_finishes_and_nothing_new_begins(tiny_llama_gguf: Path, 
         await idle.initial_metadata()
         await asyncio.sleep(0.1)
         child.process.send_signal(number)
+        os.kill(child.engine, number)  # a terminal's Ctrl-C and some supervisors signal the whole group
         assert (await asyncio.wait_for(watch.read(), PATIENCE)).status == NOT_SERVING
         # Balancers need some time to notice: until then, calls are still taken.
         assert await drained(stub.Generate(tokens_request(max_tokens=2)))

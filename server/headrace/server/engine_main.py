@@ -66,7 +66,9 @@ def run(fd: int, parent: int, build: Build) -> int:
     _die_with(parent)
     faulthandler.enable()  # the watchdog's SIGABRT writes the stacks to the log
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold prompts
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the whole group; the front end drains
+    # Ctrl-C in a terminal and some supervisors' SIGTERM reach the whole group; the front end drains, and hangs up then.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     link = Link(socket.socket(fileno=fd))
     try:
         built = _load(link, build)
