@@ -58,9 +58,8 @@ GENERATE: dict[str, Row] = {
     "sampling.logit_bias.value": Row([-100.0, 100.0], [-100.1, 100.1, *NOT_NUMBERS], at="sampling.logit_bias[3]"),
     "sampling.seed": Row([0, 1, 2**64 - 1], []),
     "sampling.max_tokens": Row([0, 1, CONTEXT_LENGTH - 3], [CONTEXT_LENGTH, U32]),
-    "sampling.min_tokens": Row(
-        [0, 8], [9, U32]
-    ),  # max_tokens is 8 "sampling.stop": Row([[], ["x"] * 16, ["é" * 128]], [["x"] * 17]),
+    "sampling.min_tokens": Row([0, 8], [9, U32]),  # max_tokens is 8
+    "sampling.stop": Row([[], ["x"] * 16, ["é" * 128]], [["x"] * 17]),
     "sampling.stop_token_ids": Row([[], [VOCAB_SIZE - 1] * 64], [[1] * 65]),
     "sampling.ignore_eos": Row([False, True], []),
     "sampling.logprobs": Row([0, 20], [21, U32]),
