@@ -42,6 +42,7 @@ TEMPLATE_FAILED = ErrorKind(
 )
 NO_CHAT_TEMPLATE = ErrorKind("NO_CHAT_TEMPLATE", _C.FAILED_PRECONDITION, "The model has no chat template.")
 MODEL_NOT_FOUND = ErrorKind("MODEL_NOT_FOUND", _C.NOT_FOUND, "This server has no model of that name.")
+SERVICE_NOT_KNOWN = ErrorKind("SERVICE_NOT_KNOWN", _C.NOT_FOUND, "This server has no service of that name.")
 MODEL_LOADING = ErrorKind("MODEL_LOADING", _C.UNAVAILABLE, "The model is being loaded.", is_retryable=True)
 MODEL_FAILED = ErrorKind("MODEL_FAILED", _C.UNAVAILABLE, "The model cannot be run on this server.")
 ENGINE_RESTARTED = ErrorKind(

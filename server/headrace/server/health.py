@@ -9,17 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
-from headrace.server.errors import DRAINING, ErrorKind, ServerError
+from headrace.server.errors import DRAINING, SERVICE_NOT_KNOWN, ServerError
 from headrace.server.rpc import Call, Implementation
 
-SERVICE_NOT_KNOWN = ErrorKind(
-    "SERVICE_NOT_KNOWN", grpc.StatusCode.NOT_FOUND, "This server has no service of that name."
-)
 _Status = health_pb2.HealthCheckResponse
 
 
