@@ -202,18 +202,23 @@ async def test_loading_is_told_while_it_goes_on(tiny_llama_gguf: Path) -> None:
 async def test_the_engine_goes_when_its_front_end_is_killed(tiny_llama_gguf: Path) -> None:
     """Neither a signal handler nor a `finally` runs in a process that is killed: the kernel has to do it."""
     script = (
-        "import asyncio, sys\n"
+        "import asyncio, grpc, sys\n"
+        "from headrace.v1.inference_pb2 import GenerateRequest, Prompt\n"
+        "from headrace.v1.inference_pb2_grpc import InferenceServiceStub\n"
         "from headrace.server.app import start_server\n"
         "from headrace.server.config import ServerConfig\n"
         "async def main():\n"
         "    config = ServerConfig(model=sys.argv[1], port=0)\n"
         "    async with start_server(config, engine_command=sys.argv[2:]) as running:\n"
         "        await running.wait_ready()\n"
-        "        print(running.host.supervisor.pid, flush=True)\n"
-        "        await asyncio.sleep(60)\n"
+        "        async with grpc.aio.insecure_channel(running.address) as channel:\n"
+        "            call = InferenceServiceStub(channel).Generate(GenerateRequest(prompt=Prompt(text='x')))\n"
+        "            await call.initial_metadata()\n"
+        "            print(running.host.supervisor.pid, flush=True)\n"
+        "            await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
-    command = scripted_engine.command(step_seconds=5.0)  # in a step it does not look at its socket
+    command = scripted_engine.command(step_seconds=60.0)  # in a step it does not look at its socket
     front = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", script, str(tiny_llama_gguf), *command), stdout=asyncio.subprocess.PIPE
     )
