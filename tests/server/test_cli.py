@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from headrace.client import Client
+from headrace.server.cli import output
 
 from tests.server.cli_support import COMMAND, Invoke, invoke
 from tests.support.live_server import LONG, LiveServer
@@ -220,3 +221,18 @@ def test_bench_refuses_nonsense_and_tells_total_failure(invoke: Invoke, live_ser
     assert too_long.status == 1
     assert "2 PROMPT_TOO_LONG" in too_long.out
     assert "every request failed" in too_long.err
+
+
+@pytest.mark.parametrize(("inside", "shown"), [(True, "bin/headrace"), (False, "/opt/x/bin/headrace")])
+def test_hints_can_be_typed_where_headrace_is_not_on_the_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inside: bool, shown: str
+) -> None:
+    """`make serve` runs the command in a virtual environment that nobody has activated."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "bin" / "headrace") if inside else "/opt/x/bin/headrace", "serve"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert output.program() == shown
+    found = tmp_path / "headrace"
+    found.write_text("#!/bin/sh\n")
+    found.chmod(0o755)
+    assert output.program() == "headrace"

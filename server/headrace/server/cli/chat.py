@@ -31,7 +31,7 @@ def chat(
     target: options.Target = options.DEFAULT_TARGET,
     model: options.ServedModel = "",
     max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
+    temperature: options.Temperature = 0.3,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     min_p: options.MinP = None,

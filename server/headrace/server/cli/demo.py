@@ -116,7 +116,8 @@ def _print_result(result: DemoResult) -> None:
         f"({result.prompt_tokens} tokens in, {result.generated_tokens} out, ended by {result.finish_reason}; "
         f"server ready after {result.start_seconds:.1f} s)"
     )
-    console.print("server stopped. Next: [bold]headrace serve[/], and in another terminal [bold]headrace chat[/]")
+    command = output.program()
+    console.print(f"server stopped. Next: [bold]{command} serve[/], and in another terminal [bold]{command} chat[/]")
 
 
 def _quieten() -> None:

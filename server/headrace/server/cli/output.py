@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +29,14 @@ def notes() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def program() -> str:
+    """How to type this command here: "headrace" where that finds it, else the path that it was run by."""
+    own = Path(sys.argv[0])
+    if own.name != "headrace" or shutil.which("headrace") is not None:
+        return "headrace"
+    return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
+
+
 def print_json(value: object) -> None:
     """One JSON document on standard output; dataclasses become objects."""
     json.dump(value, sys.stdout, default=_plain, indent=2, ensure_ascii=False)
@@ -44,7 +54,7 @@ def explain(error: Exception) -> int | None:
         _fail(*error.problems)
         return USAGE
     if isinstance(error, UnavailableError) and not error.reason:
-        _fail("no server answers there", hint="start one with: headrace serve")
+        _fail("no server answers there", hint=f"start one with: {program()} serve")
         return UNREACHABLE
     if isinstance(error, HeadraceError):
         _fail(str(error))

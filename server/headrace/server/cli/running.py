@@ -115,8 +115,9 @@ def _print_welcome(server: RunningServer) -> None:
     console.print(f"[bold green]ready[/] on [bold]{target}[/]")
     print_choices(server)
     console.print("\n[bold]try next[/], in another terminal:")
-    console.print(f"  headrace chat{option}", markup=False)
-    console.print(f'  headrace generate{option} "Once upon a time"', markup=False)
+    command = output.program()
+    console.print(f"  {command} chat{option}", markup=False)
+    console.print(f'  {command} generate{option} "Once upon a time"', markup=False)
     body = '{"prompt": {"text": "Once upon a time"}, "sampling": {"max_tokens": 16}}'
     console.print(f"  grpcurl -plaintext -d '{body}' {target} headrace.v1.InferenceService/Generate", markup=False)
     console.print("or in Python:", markup=False)
