@@ -24,6 +24,7 @@ from pathlib import Path
 
 from headrace.engine.engine import Engine
 from headrace.engine.errors import InvalidSequenceError, QueueFullError
+from headrace.models.errors import ModelError
 from headrace.server import frames
 
 log = logging.getLogger("headrace.engine")
@@ -172,9 +173,12 @@ class EngineLoop:
 def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Built:
     """Load the model's weights and set up its engine. Raises ModelError with a message for the operator."""
     from headrace.engine.config import EngineConfig
-    from headrace.kernels.torch_executor import TorchExecutor
     from headrace.models.load import load_model
 
+    try:
+        from headrace.kernels.torch_executor import TorchExecutor
+    except ModuleNotFoundError as error:
+        raise ModelError(f"the only back end needs {error.name}: pip install 'headrace[server,torch]'") from None
     model = load_model(Path(load.path), on_progress)
     num_blocks = load.num_blocks
     if not num_blocks:
@@ -215,6 +219,9 @@ def _load(link: Link, build: Build) -> Built | None:
         built = build(first, lambda progress: link.send(frames.Loading(float(progress))))
     except FrontEndGoneError:
         raise
+    except ModelError as error:  # foreseen: the front end logs the sentence, and nobody needs a traceback
+        link.send(frames.LoadFailed(str(error)))
+        return None
     except Exception as error:
         log.exception("the model could not be loaded")
         link.send(frames.LoadFailed(str(error) or type(error).__name__))
