@@ -63,7 +63,7 @@ class RunningServer:
         """Until the model answers. Raises ServerFailedError where it never will."""
         while self.host.state != "ready":
             if self.host.state == "failed":
-                raise ServerFailedError(self.host.failure or "the engine cannot run the model")
+                raise ServerFailedError(self.host.failure)
             await self.changed()
 
     async def changed(self) -> None:

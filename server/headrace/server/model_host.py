@@ -38,20 +38,25 @@ class ModelHost:
     ) -> None:
         """on_change: called on the event loop whenever `state` may have changed."""
         self.name = config.name
-        self.failure = ""  # for the operator, never for a client
         self.supervisor = Supervisor(config, on_change, engine_command)
         self._config = config
         self._on_change = on_change
         self._front: FrontModel | None = None
         self._prompts: Prompts | None = None
+        self._failure = ""
         self._is_draining = False
+
+    @property
+    def failure(self) -> str:
+        """Why the model cannot be served; for the operator, never for a client. Empty while it may be."""
+        return self._failure or self.supervisor.failure
 
     @property
     def state(self) -> str:
         """ "loading", "ready", "failed" or "draining"."""
         if self._is_draining:
             return "draining"
-        if self.failure or self.supervisor.state is EngineState.FAILED:
+        if self.failure:
             return "failed"
         is_ready = self._front is not None and self.supervisor.state is EngineState.READY
         return "ready" if is_ready else "loading"
@@ -87,7 +92,7 @@ class ModelHost:
             self._on_change()
             await engine
         except ModelError as error:
-            self.failure = str(error)
+            self._failure = str(error)
             log.error("the model cannot be served: %s", error)
             self._on_change()
         finally:
@@ -118,7 +123,7 @@ class ModelHost:
     def client(self) -> EngineClient:
         """The engine. Raises ServerError while none answers."""
         client = self.supervisor.client
-        if client is None or self._front is None or self.failure:
+        if client is None or self._front is None or self._failure:
             raise self._refusal()
         return client
 
@@ -129,7 +134,7 @@ class ModelHost:
         return Limits(self.context_length, self.front().info.vocab_size)
 
     def _refusal(self) -> ServerError:
-        if self.failure or self.supervisor.state is EngineState.FAILED:
+        if self.failure:
             return ServerError(errors.MODEL_FAILED)
         return ServerError(errors.MODEL_LOADING, retry_after=1.0)
 

@@ -51,6 +51,7 @@ class Supervisor:
     ) -> None:
         """on_change: called on the event loop after every change of `state`, `client` or `progress`."""
         self.state = EngineState.LOADING
+        self.failure = ""  # why it has FAILED; for the operator, never for a client
         self.client: EngineClient | None = None
         self.ready: frames.Ready | None = None
         self.progress = 0.0
@@ -71,19 +72,20 @@ class Supervisor:
                 started = loop.time()
                 failure = await self._live(load)
                 if failure is not None:
-                    log.error("the model cannot be run: %s", failure)
+                    self.failure = failure
                     break
                 now = loop.time()
                 self._deaths.append(now)
                 while self._deaths[0] < now - 60:
                     self._deaths.popleft()
                 if len(self._deaths) > self._config.max_restarts_per_minute:
-                    log.error("the engine died %d times in a minute; giving up", len(self._deaths))
+                    self.failure = f"the engine died {len(self._deaths)} times in a minute"
                     break
                 self.num_restarts += 1
                 backoff = _FIRST_BACKOFF if now - started > 60 else min(backoff * 2, self._config.max_backoff)
                 self._set(EngineState.LOADING)
                 await asyncio.sleep(backoff)
+            log.error("the model cannot be run: %s", self.failure)
             self._set(EngineState.FAILED)
         except asyncio.CancelledError:
             self._set(EngineState.STOPPED)
