@@ -388,19 +388,3 @@ class EngineMachine(RuleBasedStateMachine):
         for name in ("live", "waiting", "running", "parked", "idle_holders", "outputs"):
             assert not getattr(scheduler, name), f"14: {name} is not empty at the end"
         assert not blocks.pending, "14: blocks are pending at the end"
-
-
-class PressureMachine(EngineMachine):
-    """A pool that holds little more than one sequence, and steps that compute little: preemption all the time."""
-
-    @initialize(pool_tokens=st.integers(18, 30), budget=st.integers(0, 1))
-    def start(self, pool_tokens: int, budget: int) -> None:
-        self.set_up(block_size=1, pool_tokens=pool_tokens, num_seqs=4, budget=budget)
-
-
-class RoomyMachine(EngineMachine):
-    """A pool in which every prefix stays cached: hits all the time."""
-
-    @initialize(budget=st.integers(4, 12))
-    def start(self, budget: int) -> None:
-        self.set_up(block_size=2, pool_tokens=200, num_seqs=3, budget=budget)

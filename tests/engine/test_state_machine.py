@@ -12,9 +12,27 @@ from headrace.engine.scheduler import StepPlan
 from headrace.engine.sequence import BlockContent, Sequence, Status
 from headrace.engine.types import FinishReason, SamplingParams, SequenceOutput, TokenOutput
 from hypothesis import Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, run_state_machine_as_test
 
-from tests.engine.machine import EngineMachine, PressureMachine, RoomyMachine, WatchedScheduler
+from tests.engine.machine import EngineMachine, WatchedScheduler
+
+
+class PressureMachine(EngineMachine):
+    """A pool that holds little more than one sequence, and steps that compute little: preemption all the time."""
+
+    @initialize(pool_tokens=st.integers(18, 30), budget=st.integers(0, 1))
+    def start(self, pool_tokens: int, budget: int) -> None:
+        self.set_up(block_size=1, pool_tokens=pool_tokens, num_seqs=4, budget=budget)
+
+
+class RoomyMachine(EngineMachine):
+    """A pool in which every prefix stays cached: hits all the time."""
+
+    @initialize(budget=st.integers(4, 12))
+    def start(self, budget: int) -> None:
+        self.set_up(block_size=2, pool_tokens=200, num_seqs=3, budget=budget)
+
 
 TestEngine = EngineMachine.TestCase
 TestEngineUnderPressure = PressureMachine.TestCase
