@@ -8,13 +8,13 @@ the median over the rounds. The goal is at least 0.95 at 16 streams.
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 from dataclasses import asdict, replace
 
 from _common import finish, make_parser, threads_of, workload_of
 from _engine_load import EngineLoad, build
 from headrace.client import AsyncClient
+from headrace.server import loop
 from headrace.server.cli import load_grpc
 from headrace.server.cli.load import PlannedRequest, Record, Slo, Workload, summarise
 from headrace.server.cli.output import bytes_text
@@ -63,7 +63,7 @@ def measure(
         planned = this.plan(vocab_size)
         rates = {}
         for side in ("engine", "grpc") if number % 2 else ("grpc", "engine"):
-            records = engine.run(this, planned) if side == "engine" else asyncio.run(_send(target, this, planned))
+            records = engine.run(this, planned) if side == "engine" else loop.run(_send(target, this, planned))
             summary = summarise(records, Slo())
             if summary.num_failed:
                 raise SystemExit(f"{summary.num_failed} requests failed: {summary.failures}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import grpc
-from headrace.server import descriptors, telemetry
+from headrace.server import descriptors, loop, telemetry
 from headrace.server.admission import Admission
 from headrace.server.config import ServerConfig
 from headrace.server.health import Health
@@ -131,13 +131,8 @@ def run_server(
     *,
     engine_command: Sequence[str] = ENGINE_COMMAND,
 ) -> int:
-    """`serve_forever` on an event loop of its own; uvloop's where it is installed, which costs a third less per
-    message."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(serve_forever(config, on_listen, engine_command=engine_command))
-    return uvloop.run(serve_forever(config, on_listen, engine_command=engine_command))
+    """`serve_forever` on an event loop of its own."""
+    return loop.run(serve_forever(config, on_listen, engine_command=engine_command))
 
 
 async def serve_forever(
@@ -148,14 +143,14 @@ async def serve_forever(
 ) -> int:
     """Serve until SIGTERM or SIGINT, or until the model has failed. Returns the process's exit status."""
     telemetry.configure(version("headrace"))
-    loop = asyncio.get_running_loop()
+    events_loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+        events_loop.add_signal_handler(number, on_signal)
     async with start_server(config, engine_command=engine_command) as running:
         if on_listen is not None:
             on_listen(running)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from headrace.server import loop
 from headrace.server.cli import options, output
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def run(workload: Workload, slo: Slo, *, target: str | None, server_arguments: l
     with ExitStack() as stack:
         own = None if target is not None else stack.enter_context(load_grpc.own_server(server_arguments))
         address = own.target if own is not None else str(target)
-        model, summary = asyncio.run(_measure(address, workload, slo))
+        model, summary = loop.run(_measure(address, workload, slo))
         return BenchResult(
             workload=workload,
             summary=summary,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from headrace.server import loop
 from headrace.server.cli import options, output
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def demo(
     config = running.fetch(ServerConfig(model=model, port=0, num_threads=threads, lame_duck=0.0))
     sampling = options.make_sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     _quieten()
-    status = asyncio.run(_demo(config, question, sampling, as_json))
+    status = loop.run(_demo(config, question, sampling, as_json))
     if status != output.OK:
         raise output.CommandError("the demo failed")
 
