@@ -7,10 +7,10 @@ ends in a `TemplateError`; the next render starts a new child. Callers wait thei
 
 import asyncio
 import os
+import socket
+import subprocess
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -23,7 +23,18 @@ _CHILD_MODULE = "headrace.server.template_child"
 _MAX_REASON_CHARS = 300
 _MAX_FRAME_EXTRA = 64 << 10
 
+_POLL_SECONDS = 0.001
+
 _Answer: TypeAlias = Ready | Rendered | Failed
+
+
+@dataclass(frozen=True, eq=False)
+class _Child:
+    """A process of `template_child` and the socket that is its standard input and output."""
+
+    process: subprocess.Popen[bytes]
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class TemplateWorker:
             parent=os.getpid(),
         )
         self._turn = asyncio.Lock()
-        self._child: Process | None = None
+        self._child: _Child | None = None
         self._is_closed = False
 
     async def start(self) -> None:
@@ -78,39 +89,29 @@ class TemplateWorker:
         """Kills the child. A render under way, and all later ones, end in a TemplateError."""
         self._is_closed = True
         if self._child is not None:
-            _kill(self._child)
+            self._child.process.kill()
         async with self._turn:
             await self._discard()
 
     @property
     def process_id(self) -> int | None:
         """Of the child, while there is one."""
-        return None if self._child is None else self._child.pid
+        return None if self._child is None else self._child.process.pid
 
-    async def _ready_child(self) -> Process:
+    async def _ready_child(self) -> _Child:
         if self._is_closed:
             raise TemplateError("the chat template's process is closed")
-        if self._child is not None and self._child.returncode is None:
+        if self._child is not None and self._child.process.poll() is None:
             return self._child
         await self._discard()
         try:
-            # A session of its own, as Ctrl-C on the terminal is for the server; and nothing of our environment.
-            self._child = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                _CHILD_MODULE,
-                stdin=PIPE,
-                stdout=PIPE,
-                stderr=DEVNULL,
-                env={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONUTF8": "1"},
-                start_new_session=True,
-            )
+            self._child = await _spawn()
         except OSError as error:
             raise TemplateError("the chat template's process cannot be started") from error
         await self._ask(self._child, self._setup, self._limits.start_seconds)
         return self._child
 
-    async def _ask(self, child: Process, question: Setup | Render, seconds: float) -> _Answer:
+    async def _ask(self, child: _Child, question: Setup | Render, seconds: float) -> _Answer:
         is_answered = False
         try:
             answer = await asyncio.wait_for(self._exchange(child, question), seconds)
@@ -118,35 +119,51 @@ class TemplateWorker:
             return answer
         except asyncio.TimeoutError:
             raise TemplateError("the chat template took too long") from None
-        except (OSError, EOFError, msgspec.MsgspecError) as error:
+        except (OSError, EOFError, RuntimeError, msgspec.MsgspecError) as error:  # RuntimeError: uvloop, closed
             raise TemplateError("the chat template's process died") from error
         finally:
             # Whatever went wrong, a caller that went away included: a late answer would be taken for the next one's.
             if not is_answered:
                 await self._discard()
 
-    async def _exchange(self, child: Process, question: Setup | Render) -> _Answer:
-        assert child.stdin is not None
-        assert child.stdout is not None
+    async def _exchange(self, child: _Child, question: Setup | Render) -> _Answer:
         body = msgspec.msgpack.encode(question)
-        child.stdin.write(HEADER.pack(len(body)) + body)
-        await child.stdin.drain()
-        (size,) = HEADER.unpack(await child.stdout.readexactly(HEADER.size))
+        child.writer.write(HEADER.pack(len(body)) + body)
+        await child.writer.drain()
+        (size,) = HEADER.unpack(await child.reader.readexactly(HEADER.size))
         if size > 4 * self._limits.max_output_chars + _MAX_FRAME_EXTRA:
             raise EOFError("the answer is larger than any the child should give")
-        return cast(_Answer, msgspec.msgpack.decode(await child.stdout.readexactly(size), type=_Answer))
+        return cast(_Answer, msgspec.msgpack.decode(await child.reader.readexactly(size), type=_Answer))
 
     async def _discard(self) -> None:
         """Kills the child, if any, and waits until the system has forgotten it."""
         child, self._child = self._child, None
         if child is None:
             return
-        _kill(child)
-        if child.stdin is not None:
-            child.stdin.close()
-        await child.wait()
+        child.process.kill()
+        child.writer.close()
+        while child.process.poll() is None:
+            await asyncio.sleep(_POLL_SECONDS)
 
 
-def _kill(child: Process) -> None:
-    with suppress(ProcessLookupError):
-        child.kill()
+async def _spawn() -> _Child:
+    """Popen, not the loop's own: it uses vfork, so that no fork handler of gRPC's threads ever runs (uvloop forks)."""
+    near, far = socket.socketpair()
+    with far:
+        # A session of its own, as Ctrl-C on the terminal is for the server; and nothing of our environment.
+        process = subprocess.Popen(
+            [sys.executable, "-m", _CHILD_MODULE],
+            stdin=far.fileno(),
+            stdout=far.fileno(),
+            stderr=subprocess.DEVNULL,
+            env={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONUTF8": "1"},
+            start_new_session=True,
+        )
+    try:
+        reader, writer = await asyncio.open_unix_connection(sock=near)
+    except BaseException:
+        process.kill()
+        process.wait()
+        near.close()
+        raise
+    return _Child(process, reader, writer)
