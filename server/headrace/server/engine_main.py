@@ -1,6 +1,6 @@
 """The engine process: loads the model, then steps the engine for the front end at the other end of a socket.
 
-`engine_process` spawns it as `python -m headrace.server.engine_main --fd N --parent PID`. One thread owns everything.
+`supervisor` spawns it as `python -m headrace.server.engine_main --fd N --parent PID`. One thread owns everything.
 Between steps it takes what has arrived without waiting; with no work it sleeps in select. It ends when the socket ends,
 and asks the kernel to be killed with its parent: an engine never outlives its front end.
 """

@@ -119,7 +119,8 @@ class TemplateWorker:
             return answer
         except asyncio.TimeoutError:
             raise TemplateError("the chat template took too long") from None
-        except (OSError, EOFError, RuntimeError, msgspec.MsgspecError) as error:  # RuntimeError: uvloop, closed
+        # RuntimeError is what uvloop raises for a write to a transport that has closed; asyncio raises an OSError.
+        except (OSError, EOFError, RuntimeError, msgspec.MsgspecError) as error:
             raise TemplateError("the chat template's process died") from error
         finally:
             # Whatever went wrong, a caller that went away included: a late answer would be taken for the next one's.
