@@ -1,0 +1,70 @@
+// The memory layouts that packing, kernels and executor agree on: weight panels, quantised activations, KV blocks.
+//
+// Everything is sized in lanes: 16 floats side by side, whatever the machine's registers hold. A weight panel is 16
+// output rows, so one lane is one output element and no kernel ever adds across lanes of a matrix product.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace headrace {
+
+constexpr int kLanes = 16;      // floats in an F32x16; output rows of a weight panel
+constexpr int kGroup = 32;      // input features of a weight block, and of an activation group
+constexpr int kColumns = 4;     // activation rows ("columns" of the product) that are interleaved
+constexpr size_t kAlign = 64;   // bytes; every buffer and panel starts on a cache line
+
+enum class WeightKind : int32_t { kInt4 = 0, kInt8 = 1, kF32 = 2, kF16 = 3, kBf16 = 4 };
+enum class ScaleKind : int32_t { kF16 = 0, kF32 = 1 };
+
+// A packed matrix of `rows` x `cols` weights (rows = output features). Panels of 16 rows follow each other, rows that
+// pad the last one are zero. Within a panel, blocks of 32 input features follow each other:
+//
+//   kInt4   256 B: byte 64 g + 4 r + j (g < 4, r < 16, j < 4) holds feature 4 g + j of row r in its low nibble and
+//           feature 16 + 4 g + j in its high one, as q in 0..15
+//   kInt8   512 B: byte 64 g + 4 r + j (g < 8) holds feature 4 g + j of row r as q + 128
+//   then scales [scales_per_block][16] and, with has_zeros, zeros [scales_per_block][16], as ScaleKind says.
+//   scales_per_block is 1, or 2 where a group is 16 features. weight = scale * q + zero with zeros; without,
+//   weight = scale * (q - 8) for kInt4 and scale * q for kInt8.
+//
+//   kF32, kF16, kBf16: feature by feature, 16 rows each ([cols][16]); no scales.
+//
+// A gated matrix (`is_gated`) interleaves the rows of gate and up, 32 and 32, so that 4 panels make 32 outputs of
+// act(gate) * up.
+struct PackedMatrix {
+  const uint8_t* data;
+  WeightKind kind;
+  ScaleKind scale_kind;
+  int32_t rows;  // logical; panels = ceil(rows / 16)
+  int32_t cols;  // multiple of 32 for the quantised kinds
+  int32_t scales_per_block;
+  int32_t has_zeros;
+  int32_t is_gated;
+  int64_t panel_bytes;
+};
+
+// Rows of activations quantised for the integer kinds, in groups of 32 features: x = scale * q, symmetric.
+// bits 8: q in -127..127; bits 16: q in -32512..32512. Four rows are interleaved; rows that pad the last four are zero.
+// The exact layout is private to activations.h and linear.h.
+struct Activations {
+  uint8_t* data;
+  int32_t bits;   // 8 or 16
+  int32_t width;  // features, a multiple of 32
+};
+
+enum class KvKind : int32_t { kF32 = 0, kF16 = 1, kBf16 = 2, kInt8 = 3 };
+
+// The KV blocks of one layer: per block and KV head first K, transposed, [head_dim][block_size], then V,
+// [block_size][head_dim], elements as `kind` says. kInt8 keeps a float32 scale per token and head behind the elements:
+// [block_size] for K, [block_size] for V. block_bytes is that of one block with all heads, a multiple of 64.
+struct KvLayer {
+  uint8_t* data;
+  int64_t block_bytes;
+  int64_t head_bytes;  // bytes of one head within a block
+  KvKind kind;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t block_size;
+};
+
+}  // namespace headrace
