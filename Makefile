@@ -2,35 +2,67 @@
 #
 #   make serve ARGS="--port 8001"     ARGS goes to the command behind serve, demo, test and bench
 #   make setup PYTHON=python3.12      another interpreter (3.10 or newer)
-#   make setup TORCH=torch            another build of torch; where the index offers a CPU build, name that one
-PYTHON ?= python3
-VENV   ?= .venv
-TORCH  ?= torch==2.13.0
-ARGS   ?=
-BIN    := $(VENV)/bin
+#   make native CXX=clang++           another compiler
+#   make serve BACKEND=torch          without a C++ compiler: the slow torch reference
+#   make test TORCH=torch             another build of torch; where the index offers a CPU build, name that one
+PYTHON  ?= python3
+VENV    ?= .venv
+TORCH   ?= torch==2.13.0
+BACKEND ?= native
+ARGS    ?=
+BIN     := $(VENV)/bin
+
+# -I: the script's folder holds this package's modules, not the standard library's.
+BUILD   := $(BIN)/python -I kernels/headrace/kernels/native/build.py
+BUILT   := $(CURDIR)/build/native
 
 # Stamps: what is needed to serve, and what is needed to test and check. Both age with pyproject.toml.
 RUNTIME := $(VENV)/.runtime
 DEV     := $(VENV)/.dev
+NATIVE  := native
+ifeq ($(BACKEND),torch)
+RUNTIME := $(VENV)/.runtime-torch
+NATIVE  :=
+REFERENCE := '$(TORCH)'
+export HEADRACE_BACKEND := torch
+export HEADRACE_NO_NATIVE := 1
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test check lint types bench protos docs clean
+.PHONY: help setup serve demo test native native-sanitize native-neon check lint types bench protos docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup: $(RUNTIME) ## virtual environment, dependencies, default model
+setup: $(NATIVE) $(RUNTIME) ## virtual environment, dependencies, default model
 	@$(BIN)/headrace pull
 
-serve: $(RUNTIME) ## serve the default model on 127.0.0.1:50051
+serve: $(NATIVE) $(RUNTIME) ## serve the default model on 127.0.0.1:50051
 	@$(BIN)/headrace serve $(ARGS)
 
-demo: $(RUNTIME) ## start a server, stream one chat answer, print speed, stop
+demo: $(NATIVE) $(RUNTIME) ## start a server, stream one chat answer, print speed, stop
 	@$(BIN)/headrace demo $(ARGS)
 
-test: $(DEV) ## run the tests
+test: $(NATIVE) $(DEV) ## run the tests
 	@$(BIN)/headrace pull
 	$(BIN)/python -m pytest $(ARGS)
+
+native: | $(BIN)/python ## compile the C++ kernels of kernels/csrc in place
+	@$(BUILD)
+
+# The sanitizers' runtimes must be there before the interpreter's first allocation, and libstdc++ before they look for it.
+native-sanitize: $(DEV) ## run the op tests under the address, undefined and thread sanitizers
+	$(BUILD) --sanitize address,undefined
+	$(BUILD) --sanitize thread
+	preload=; for name in libasan.so libubsan.so libstdc++.so; do preload="$$preload $$($(CXX) -print-file-name=$$name)"; done; \
+	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	HEADRACE_NATIVE_LIBRARY=$(BUILT)/_native-address-undefined.so $(BIN)/python -m pytest -q tests/kernels/native $(ARGS)
+	preload=; for name in libtsan.so libstdc++.so; do preload="$$preload $$($(CXX) -print-file-name=$$name)"; done; \
+	LD_PRELOAD="$$preload" TSAN_OPTIONS=halt_on_error=1 \
+	HEADRACE_NATIVE_LIBRARY=$(BUILT)/_native-thread.so $(BIN)/python -m pytest -q tests/kernels/native $(ARGS)
+
+native-neon: | $(BIN)/python ## cross-compile for Arm; compare its kernels with plain C++ under qemu
+	$(BUILD) --target aarch64 --werror
 
 check: lint types protos docs ## formats, lints, types, floors, contract, generated files
 	$(BIN)/buf lint
@@ -47,7 +79,7 @@ lint: $(DEV)
 types: $(DEV)
 	$(BIN)/mypy
 
-bench: $(DEV) ## print the benches: latencies over gRPC, the engine alone, what gRPC costs
+bench: $(NATIVE) $(DEV) ## print the benches: latencies over gRPC, the engine alone, what gRPC costs
 	@$(BIN)/headrace pull
 	$(BIN)/python bench/serve.py $(ARGS)
 	$(BIN)/python bench/engine.py $(ARGS)
@@ -64,7 +96,7 @@ docs: $(DEV) ## generate docs/API.md
 	$(BIN)/python docs/generate_api.py
 
 clean: ## remove caches and builds, but not the virtual environment
-	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist kernels/headrace/kernels/native/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find protos server kernels clients tests bench -name __pycache__ -type d -exec rm -rf {} +
 
 # `python -m pip` everywhere: a virtual environment that was moved has broken pip scripts, but a working python.
@@ -79,10 +111,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
-$(RUNTIME): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install '$(TORCH)' --editable '.[server]'
+$(RUNTIME): pyproject.toml | $(BIN)/python $(NATIVE)
+	$(BIN)/python -m pip install $(REFERENCE) --editable '.[server]'
 	@touch $@
 
 $(DEV): pyproject.toml $(RUNTIME)
-	$(BIN)/python -m pip install --group dev
+	$(BIN)/python -m pip install '$(TORCH)' --group dev
 	@touch $@

@@ -85,17 +85,20 @@ def build(
     sanitize: Sequence[str] = (),
     target: str = "",
     cxx: str = "",
-    werror: bool = False,
+    werror: bool | None = None,
     program: Path | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Compile and link what is not up to date; returns `output`, which is replaced in one piece.
 
     sanitize: any of address, undefined, thread. target: an architecture to cross-compile for ("aarch64").
+    werror: warnings are errors; None: where HEADRACE_NATIVE_WERROR is set (developers and CI).
     build_dir: where objects are kept; one is chosen under build/native. program: a source with a main function, which
     makes `output` a program instead of a library. Raises BuildError.
     """
     compiler = find_compiler(cxx, target)
+    if werror is None:
+        werror = os.environ.get("HEADRACE_NATIVE_WERROR", "") not in ("", "0")
     name = "-".join([compiler.architecture, *sanitize, *(["werror"] if werror else [])])
     build_dir = build_dir or csrc.parents[1] / "build" / "native" / name
     build_dir.mkdir(parents=True, exist_ok=True)
@@ -135,7 +138,8 @@ def find_compiler(cxx: str = "", target: str = "") -> Compiler:
     elif target and target != host_architecture():
         candidates = [f"{target}-linux-gnu-g++", f"{target}-linux-gnu-clang++"]
     else:
-        candidates = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+        cxx = os.environ.get("CXX", "")
+        candidates = [cxx] if cxx else ["c++", "g++", "clang++"]
     for candidate in candidates:
         command = shlex.split(candidate)
         if command and shutil.which(command[0]):
@@ -289,8 +293,7 @@ def main() -> int:
     parser.add_argument("--cxx", default="", help="the compiler; default: $CXX, c++, g++ or clang++")
     parser.add_argument("--output", type=Path, help="default: in place, or under build/native")
     parser.add_argument("--program", type=Path, help="a source with a main function: makes a program")
-    is_strict = os.environ.get("HEADRACE_NATIVE_WERROR", "") not in ("", "0")
-    parser.add_argument("--werror", action="store_true", default=is_strict, help="warnings are errors")
+    parser.add_argument("--werror", action="store_true", default=None, help="warnings are errors")
     options = parser.parse_args()
     sanitize = tuple(name for name in options.sanitize.split(",") if name)
     unknown = set(sanitize) - set(_SANITIZERS)
