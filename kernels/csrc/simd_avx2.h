@@ -48,6 +48,11 @@ inline F32x16 abs(F32x16 a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
 }
+inline F32x16 copysign(F32x16 magnitude, F32x16 sign) {
+  const __m256 bit = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(_mm256_andnot_ps(bit, magnitude.lo), _mm256_and_ps(bit, sign.lo)),
+          _mm256_or_ps(_mm256_andnot_ps(bit, magnitude.hi), _mm256_and_ps(bit, sign.hi))};
+}
 inline F32x16 select(Mask16 m, F32x16 a, F32x16 b) {  // m ? a : b
   return {_mm256_blendv_ps(b.lo, a.lo, mask_of(m & 255)), _mm256_blendv_ps(b.hi, a.hi, mask_of(m >> 8))};
 }
@@ -59,7 +64,7 @@ inline __m256 exp2_int(__m256 n) {
   __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_castsi256_ps(bits);
 }
-// 2^n for integral n in [-126, 127].
+// 2^n for integral n in [-126, 127]; -127 gives 0, NaN gives 1.
 inline F32x16 exp2_int(F32x16 n) { return {exp2_int(n.lo), exp2_int(n.hi)}; }
 
 inline F32x16 load_f16(const uint16_t* p) {
@@ -76,9 +81,11 @@ inline F32x16 load_bf16(const uint16_t* p) {
 inline __m256i round_bf16(__m256 x) {
   __m256i bits = _mm256_castps_si256(x);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+  __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), is_nan);
 }
-inline void store_bf16(uint16_t* p, F32x16 a) {  // NaN must not occur
+inline void store_bf16(uint16_t* p, F32x16 a) {  // NaN becomes 0x7FC0
   __m256i packed = _mm256_packus_epi32(round_bf16(a.lo), round_bf16(a.hi));
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xD8));
 }

@@ -71,15 +71,21 @@ inline F32x16 min(F32x16 a, F32x16 b) {
 inline F32x16 abs(F32x16 a) {
   return each_lane([&](int i) { return std::fabs(a.v[i]); });
 }
+inline F32x16 copysign(F32x16 magnitude, F32x16 sign) {
+  return each_lane([&](int i) { return std::copysign(magnitude.v[i], sign.v[i]); });
+}
 inline F32x16 select(Mask16 m, F32x16 a, F32x16 b) {  // m ? a : b
   return each_lane([&](int i) { return m >> i & 1 ? a.v[i] : b.v[i]; });
 }
 inline F32x16 round_even(F32x16 a) {
   return each_lane([&](int i) { return std::nearbyint(a.v[i]); });
 }
-// 2^n for integral n in [-126, 127].
+// 2^n for integral n in [-126, 127]; -127 gives 0, NaN gives 1.
 inline F32x16 exp2_int(F32x16 n) {
-  return each_lane([&](int i) { return float_of((uint32_t)((int32_t)n.v[i] + 127) << 23); });
+  return each_lane([&](int i) {
+    const int32_t exponent = n.v[i] == n.v[i] ? (int32_t)n.v[i] : 0;
+    return float_of((uint32_t)(exponent + 127) << 23);
+  });
 }
 
 inline float widen_f16(uint16_t h) {
@@ -108,10 +114,10 @@ inline void store_f16(uint16_t* p, F32x16 a) {
 inline F32x16 load_bf16(const uint16_t* p) {
   return each_lane([&](int i) { return float_of((uint32_t)p[i] << 16); });
 }
-inline void store_bf16(uint16_t* p, F32x16 a) {  // NaN must not occur
+inline void store_bf16(uint16_t* p, F32x16 a) {  // NaN becomes 0x7FC0
   for (int i = 0; i < 16; i++) {
     uint32_t bits = bits_of(a.v[i]);
-    p[i] = (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    p[i] = a.v[i] == a.v[i] ? (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) : (uint16_t)0x7FC0;
   }
 }
 inline F32x16 load_i8(const int8_t* p) {
