@@ -29,13 +29,13 @@ enum class ScaleKind : int32_t { kF16 = 0, kF32 = 1 };
 //
 //   kF32, kF16, kBf16: feature by feature, 16 rows each ([cols][16]); no scales.
 //
-// A gated matrix (`is_gated`) interleaves the rows of gate and up, 32 and 32, so that 4 panels make 32 outputs of
-// act(gate) * up.
+// A gated matrix (`is_gated`) holds gate above up, `rows` / 2 each, and interleaves their rows 32 and 32, so that 4 panels
+// make 32 outputs of act(gate) * up; each half is padded to a multiple of 32.
 struct PackedMatrix {
   const uint8_t* data;
   WeightKind kind;
   ScaleKind scale_kind;
-  int32_t rows;  // logical; panels = ceil(rows / 16)
+  int32_t rows;  // logical
   int32_t cols;  // multiple of 32 for the quantised kinds
   int32_t scales_per_block;
   int32_t has_zeros;
@@ -43,14 +43,45 @@ struct PackedMatrix {
   int64_t panel_bytes;
 };
 
+inline bool is_quantized(WeightKind kind) { return kind == WeightKind::kInt4 || kind == WeightKind::kInt8; }
+
+// Bytes of the integers of a block of a quantised kind; scales and zeros follow them.
+inline int64_t quant_bytes(WeightKind kind) { return kind == WeightKind::kInt4 ? 256 : 512; }
+
+inline int64_t block_bytes(const PackedMatrix& m) {
+  const int64_t vectors = (int64_t)m.scales_per_block * (m.has_zeros ? 2 : 1);
+  return quant_bytes(m.kind) + vectors * kLanes * (m.scale_kind == ScaleKind::kF16 ? 2 : 4);
+}
+
+// What `panel_bytes` must be.
+inline int64_t panel_bytes_of(const PackedMatrix& m) {
+  if (is_quantized(m.kind)) return m.cols / kGroup * block_bytes(m);
+  return (int64_t)m.cols * kLanes * (m.kind == WeightKind::kF32 ? 4 : 2);
+}
+
+inline int64_t num_panels(const PackedMatrix& m) {
+  return m.is_gated ? ((int64_t)m.rows / 2 + 31) / 32 * 4 : ((int64_t)m.rows + kLanes - 1) / kLanes;
+}
+
+// What `begin` and `end` of KernelTable::linear count.
+inline int64_t num_linear_units(const PackedMatrix& m) { return m.is_gated ? num_panels(m) / 4 : num_panels(m); }
+
 // Rows of activations quantised for the integer kinds, in groups of 32 features: x = scale * q, symmetric.
-// bits 8: q in -127..127; bits 16: q in -32512..32512. Four rows are interleaved; rows that pad the last four are zero.
-// The exact layout is private to activations.h and linear.h.
+// bits 8: q in -127..127; bits 16: q in -32512..32512. Four rows are interleaved; what lies in the places of rows beyond
+// the last is never read as a number that matters. The exact layout is private to activations.h and linear*.h.
 struct Activations {
   uint8_t* data;
   int32_t bits;   // 8 or 16
   int32_t width;  // features, a multiple of 32
 };
+
+// One block: 4 rows x 32 features.
+inline size_t activation_block_bytes(int32_t bits) { return 64 + (size_t)kColumns * kGroup * (size_t)bits / 8; }
+
+// Bytes of Activations::data for `rows` rows.
+inline size_t activation_bytes(int64_t rows, int64_t width, int32_t bits) {
+  return (size_t)((rows + kColumns - 1) / kColumns) * (size_t)(width / kGroup) * activation_block_bytes(bits);
+}
 
 enum class KvKind : int32_t { kF32 = 0, kF16 = 1, kBf16 = 2, kInt8 = 3 };
 
