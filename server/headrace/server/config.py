@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+
+
+BackendName = Literal["auto", "native", "torch"]
+KvDtype = Literal["auto", "fp32", "fp16", "bf16", "int8"]
 
 
 class ConfigError(ValueError):
@@ -33,7 +37,9 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 50051  # 0: any free port
 
-    # Engine. 0 means: chosen from the model and the machine.
+    # Engine. 0 and "auto" mean: chosen from the model and the machine.
+    backend: BackendName = "auto"
+    kv_dtype: KvDtype = "auto"  # how keys and values are kept
     block_size: int = 16
     num_blocks: int = 0
     kv_cache_bytes: int = 0
@@ -107,6 +113,11 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("stream_buffer_tokens", 2, 1 << 20),
     ("max_receive_bytes", 1024, 64 << 20),
 )
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "backend": get_args(BackendName),
+    "kv_dtype": get_args(KvDtype),
+    "log_format": ("text", "json"),
+}
 _TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
 
 
@@ -124,8 +135,9 @@ def _problems(config: ServerConfig) -> list[str]:
         problems.append("model_name must be 1 to 128 letters, digits or ._:/@- and begin with a letter or digit")
     if not config.host:
         problems.append("host must not be empty")
-    if config.log_format not in ("text", "json"):
-        problems.append("log_format must be text or json")
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            problems.append(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}")
     if config.default_deadline > config.max_deadline:
         problems.append("default_deadline must not be over max_deadline")
     return problems

@@ -19,30 +19,16 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
-from headrace.engine.engine import Engine
 from headrace.engine.errors import InvalidSequenceError, QueueFullError
 from headrace.models.errors import ModelError
 from headrace.server import frames
+from headrace.server.engine_build import Built, build_engine
 
 log = logging.getLogger("headrace.engine")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _READ_BYTES = 1 << 18
-# What KV blocks may take where nothing is configured: enough for a few long contexts of a small model, never most of a
-# machine.
-_DEFAULT_KV_BYTES = 512 << 20
-
-
-@dataclass(frozen=True)
-class Built:
-    """A loaded engine and what the front end wants to know of it."""
-
-    engine: Engine
-    backend: str
-    max_model_len: int
 
 
 Build = Callable[[frames.Load, Callable[[float], None]], Built]
@@ -168,46 +154,6 @@ class EngineLoop:
             self._link.send(frames.Pong(message.nonce, engine.stats()))
         else:
             raise frames.FrameError("a second load frame")
-
-
-def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Built:
-    """Load the model's weights and set up its engine. Raises ModelError with a message for the operator."""
-    from headrace.engine.config import EngineConfig
-    from headrace.models.load import load_model
-
-    try:
-        from headrace.kernels.torch_executor import TorchExecutor
-    except ModuleNotFoundError as error:
-        raise ModelError(f"the only back end needs {error.name}: pip install 'headrace[server,torch]'") from None
-    model = load_model(Path(load.path), on_progress)
-    num_blocks = load.num_blocks
-    if not num_blocks:
-        bytes_per_token = sum(
-            2 * 4 * layer.num_kv_heads * layer.head_dim for layer in model.program.kv
-        )  # K and V, float32
-        num_blocks = max(2, (load.kv_cache_bytes or _DEFAULT_KV_BYTES) // (bytes_per_token * load.block_size))
-    context = model.info.context_length
-    config = EngineConfig(
-        block_size=load.block_size,
-        num_blocks=num_blocks,
-        max_num_batched_tokens=load.max_num_batched_tokens,
-        max_num_seqs=load.max_num_seqs,
-        max_logit_rows=max(256, load.max_num_seqs),
-        max_model_len=min(load.max_model_len or context, context),
-        enable_prefix_cache=load.enable_prefix_cache,
-        # The front end is the one that refuses; the engine must be able to take what the front end admitted.
-        max_waiting_seqs=load.max_live_sequences,
-        max_waiting_tokens=max(load.max_live_tokens, context),
-        vocab_size=model.info.vocab_size,
-    )
-    executor = TorchExecutor(
-        model.program,
-        model.weights,
-        num_blocks=num_blocks,
-        block_size=load.block_size,
-        num_threads=load.num_threads or None,
-    )
-    return Built(Engine(executor, config), executor.name, config.max_sequence_len)
 
 
 def _load(link: Link, build: Build) -> Built | None:

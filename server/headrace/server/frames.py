@@ -39,6 +39,8 @@ class Load(msgspec.Struct, frozen=True, tag="load", forbid_unknown_fields=True):
     max_live_tokens: int
     num_threads: int
     enable_prefix_cache: bool
+    backend: str = "auto"
+    kv_dtype: str = "auto"
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", forbid_unknown_fields=True):

@@ -152,6 +152,8 @@ class ModelHost:
             max_live_tokens=config.max_live_tokens,
             num_threads=config.num_threads,
             enable_prefix_cache=config.enable_prefix_cache,
+            backend=config.backend,
+            kv_dtype=config.kv_dtype,
         )
 
     @staticmethod

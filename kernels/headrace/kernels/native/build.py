@@ -8,7 +8,6 @@ the compiler, so that a second build compiles what has changed and nothing else.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -19,7 +18,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,6 +217,8 @@ def _compile(units: list[Unit], log: Callable[[str], None]) -> None:
         partial.replace(unit.object)
         return done.stderr
 
+    from concurrent.futures import ThreadPoolExecutor  # the server imports this file for `source_hash`
+
     units = sorted(units, key=lambda unit: not unit.source.name.startswith("isa_"))  # the long ones first
     with ThreadPoolExecutor(_num_jobs()) as pool:
         for warnings in pool.map(compile_one, units):
@@ -287,6 +287,8 @@ def _locked(build_dir: Path) -> Iterator[None]:
 
 def main() -> int:
     """Entry point of `make native`. Returns the exit status."""
+    import argparse
+
     parser = argparse.ArgumentParser(description="Compile the native library of Headrace.")
     parser.add_argument("--sanitize", default="", help="address,undefined or thread")
     parser.add_argument("--target", default="", help="cross-compile for this architecture, e.g. aarch64")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from headrace.server import loop
-from headrace.server.cli import options, output
+from headrace.server.cli import options, output, serve_options
 
 if TYPE_CHECKING:
     from headrace.client import Sampling
@@ -22,6 +22,7 @@ _QUESTION = "Write two sentences about a water mill."
 def demo(
     question: Annotated[str, typer.Argument(help="What to ask.")] = _QUESTION,
     model: Annotated[str, typer.Option("--model", "-m", help="As for `headrace serve`.")] = "smollm2-135m-instruct",
+    backend: serve_options.Backend = "auto",
     max_tokens: options.MaxTokens = 64,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = None,
@@ -33,7 +34,8 @@ def demo(
     from headrace.server.config import ServerConfig
 
     threads = choose_threads(detect_machine()).count
-    config = running.fetch(ServerConfig(model=model, port=0, num_threads=threads, lame_duck=0.0))
+    wanted = ServerConfig(model=model, port=0, backend=backend, num_threads=threads, lame_duck=0.0)
+    config = running.fetch(wanted)
     sampling = options.make_sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     _quieten()
     status = loop.run(_demo(config, question, sampling, as_json))

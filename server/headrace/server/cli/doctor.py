@@ -69,6 +69,7 @@ def _machine_table(machine: Machine, threads: str) -> RenderableType:
             ("system", machine.system),
             ("CPU", machine.cpu),
             ("cores", f"{machine.physical_cores} physical, {machine.logical_cores} logical{limit}"),
+            ("NUMA nodes", str(machine.numa_nodes)),
             ("instructions", " ".join(machine.simd) or "none of those that matter"),
             ("memory", memory + memory_limit),
             ("GPU", "; ".join(machine.gpus) or "none that can be used"),

@@ -1,12 +1,14 @@
-"""What this machine has and which back ends could run on it, found without importing torch where there is no GPU.
+"""What this machine has and which back ends could run on it, found without importing torch.
 
-Called by `headrace doctor`, and by the benches, which print the machine beside their numbers.
+Called by `headrace doctor` and `headrace serve`, by the engine process where nobody chose its threads, and by the
+benches, which print the machine beside their numbers.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +16,9 @@ from importlib import metadata, util
 from pathlib import Path
 
 import psutil
+from headrace.kernels.native import library
+from headrace.models.errors import ModelError
+from headrace.server import backends
 
 # The instruction sets that matter for matrix products with small integers and half floats, as /proc/cpuinfo names them.
 _SIMD = (
@@ -25,14 +30,18 @@ _VERSIONS = ("headrace", "grpcio", "protobuf", "numpy", "tokenizers", "torch", "
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware as this process may use it. Memory in bytes; `cpu_limit` is the cgroup's, in CPUs."""
+    """The hardware as this process may use it. Memory in bytes; `cpu_limit` is the cgroup's, in CPUs.
+
+    usable_cores: physical ones that this process's affinity touches.
+    """
 
     system: str
     cpu: str
     simd: tuple[str, ...]
     physical_cores: int
     logical_cores: int
-    usable_cores: int  # by affinity
+    usable_cores: int
+    numa_nodes: int
     cpu_limit: float | None
     memory: int
     memory_available: int
@@ -62,10 +71,12 @@ def choose_threads(machine: Machine) -> Threads:
     """One thread per physical core that this process may use: the work is bound by arithmetic units and memory."""
     bounds = [(machine.physical_cores, "one per physical core")]
     if machine.usable_cores < machine.physical_cores:
-        bounds.append((machine.usable_cores, "one per core that this process may use"))
+        bounds.append((machine.usable_cores, "one per physical core that this process may run on"))
     if machine.cpu_limit is not None:
         bounds.append((max(1, int(machine.cpu_limit)), f"the cgroup allows {machine.cpu_limit:g} CPUs"))
-    count, why = min(bounds)
+    count, why = min(bounds, key=lambda bound: bound[0])
+    if machine.numa_nodes > 1:
+        why += f"; {machine.numa_nodes} NUMA nodes, of which threads know nothing: numactl keeps them on one"
     return Threads(count, why)
 
 
@@ -78,9 +89,10 @@ def detect_machine() -> Machine:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=fields.get("model name", platform.processor() or platform.machine()),
         simd=tuple(name for name in _SIMD if name in flags),
-        physical_cores=psutil.cpu_count(logical=False) or 1,
+        physical_cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
         logical_cores=psutil.cpu_count() or 1,
-        usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        usable_cores=_usable_cores(),
+        numa_nodes=max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))),
         cpu_limit=_cgroup_cpus(),
         memory=memory.total,
         memory_available=memory.available,
@@ -91,28 +103,36 @@ def detect_machine() -> Machine:
 
 def detect_backends(machine: Machine) -> list[Backend]:
     """Every back end of Headrace, the one that a server would choose here first."""
-    has_torch, has_gpu = util.find_spec("torch") is not None, bool(machine.gpus)
-    backends = [
-        Backend(
-            "torch-cpu",
-            has_torch,
-            has_torch,
-            "the reference operators; the only back end of this version that is finished"
-            if has_torch
-            else "torch is not installed: pip install 'headrace[server,torch]'",
-        )
-    ]
-    if util.find_spec("headrace.kernels.native") is None:
-        backends.append(Backend("native-cpu", False, False, "not part of this version"))
-    gpu = machine.gpus[0] if has_gpu else "no NVIDIA GPU that torch can use"
-    missing = [name for name in ("triton",) if util.find_spec(name) is None]
-    why = f"{gpu}; {', '.join(missing)} not installed" if missing and has_gpu else gpu
-    backends.append(Backend("triton-cuda", False, False, f"{why}; not part of this version" if has_gpu else why))
+    wanted = os.environ.get("HEADRACE_BACKEND") or "auto"
+    chosen, why_fallback = "", ""
+    with suppress(ModelError):  # then no back end is chosen, and each says why not
+        choice = backends.choose(wanted)
+        chosen, why_fallback = choice.name, choice.why if choice.is_fallback else ""
+    found = [_native(chosen == "native"), _torch(chosen == "torch", why_fallback)]
+    found.sort(key=lambda backend: not backend.is_chosen)
+    gpu = f"{machine.gpus[0]}; not part of this version" if machine.gpus else "no NVIDIA GPU"
     has_flash = util.find_spec("flash_attn") is not None
-    backends.append(
-        Backend("flash-attn", has_flash and has_gpu, False, "installed" if has_flash else "flash-attn is not installed")
+    return [
+        *found,
+        Backend("triton-cuda", False, False, gpu),
+        Backend("flash-attn", has_flash, False, f"flash-attn is {'' if has_flash else 'not '}installed"),
+    ]
+
+
+def _native(is_chosen: bool) -> Backend:
+    try:
+        info = library.info()
+    except library.NativeLibraryError as error:
+        return Backend("native", False, False, str(error))
+    return Backend(f"native-{info.isa}", True, is_chosen, backends.describe(info))
+
+
+def _torch(is_chosen: bool, why_fallback: str) -> Backend:
+    if not backends.has_torch():
+        return Backend("torch-cpu", False, False, "torch is not installed: pip install 'headrace[server,torch]'")
+    return Backend(
+        "torch-cpu", True, is_chosen, why_fallback or "the reference: slow, and what the others must agree with"
     )
-    return backends
 
 
 def versions() -> dict[str, str]:
@@ -167,15 +187,27 @@ def _cgroup_memory() -> int | None:
     return min((int(content) for content in _cgroup_files("memory.max") if content != "max"), default=None)
 
 
-def _gpus() -> tuple[str, ...]:
-    if not Path("/dev/nvidia0").exists() or util.find_spec("torch") is None:
-        return ()
-    import torch  # seconds, and only on a machine with a GPU
+def _usable_cores() -> int:
+    """Physical cores among the CPUs of this process's affinity."""
+    if not hasattr(os, "sched_getaffinity"):
+        return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
 
-    if not torch.cuda.is_available():
+
+def _gpus() -> tuple[str, ...]:
+    """As NVIDIA's own tool names them: name, compute capability, memory."""
+    if not Path("/dev/nvidia0").exists():
         return ()
-    return tuple(
-        f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}, "
-        f"{torch.cuda.get_device_properties(i).total_memory / 1e9:.0f} GB)"
-        for i in range(torch.cuda.device_count())
-    )
+    query = ("--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader")
+    try:
+        done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip())

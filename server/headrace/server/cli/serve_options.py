@@ -34,6 +34,24 @@ Threads = Annotated[
         help="Threads that compute. 0: as `headrace doctor` says.",
     ),
 ]
+Backend = Annotated[
+    Literal["auto", "native", "torch"],
+    typer.Option(
+        "--backend",
+        envvar="HEADRACE_BACKEND",
+        rich_help_panel=_ENGINE,
+        help="What computes: the native library, or the slow torch reference. auto: as `headrace doctor` says.",
+    ),
+]
+KvDtype = Annotated[
+    Literal["auto", "fp32", "fp16", "bf16", "int8"],
+    typer.Option(
+        "--kv-dtype",
+        envvar="HEADRACE_KV_DTYPE",
+        rich_help_panel=_ENGINE,
+        help="How keys and values are kept: less memory, more tokens. auto: fp16; fp32 with torch.",
+    ),
+]
 MaxNumSeqs = Annotated[
     int,
     typer.Option(

@@ -1,0 +1,71 @@
+"""Builds the engine that the engine process steps: the model from its files, the executor of the chosen back end, the
+limits. Called by engine_main with what the front end's Load frame says, and by the benches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.engine.config import EngineConfig
+from headrace.engine.engine import Engine
+from headrace.models.load import LoadedModel, load_model
+from headrace.server import backends, frames
+
+log = logging.getLogger("headrace.engine")
+
+# What KV blocks may take where nothing is configured: enough for a few long contexts of a small model, never most of a
+# machine.
+_DEFAULT_KV_BYTES = 512 << 20
+_MIN_LOGIT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Built:
+    """A loaded engine and what the front end wants to know of it."""
+
+    engine: Engine
+    backend: str
+    max_model_len: int
+
+
+def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Built:
+    """Load the model's weights and set up its engine. Raises ModelError with a message for the operator.
+
+    on_progress is told the share of the weights read, 0 to 1.
+    """
+    choice = backends.choose(load.backend)
+    log.log(logging.WARNING if choice.is_fallback else logging.INFO, "back end %s: %s", choice.name, choice.why)
+    kv_dtype = backends.choose_kv_dtype(choice.name, load.kv_dtype)
+    model = load_model(Path(load.path), on_progress)
+    config = _engine_config(load, model, kv_dtype)
+    from headrace.kernels.torch_executor import TorchExecutor
+
+    executor = TorchExecutor(
+        model.program,
+        model.weights,
+        num_blocks=config.num_blocks,
+        block_size=load.block_size,
+        num_threads=load.num_threads or None,
+    )
+    return Built(Engine(executor, config), executor.name, config.max_sequence_len)
+
+
+def _engine_config(load: frames.Load, model: LoadedModel, kv_dtype: backends.KvDtype) -> EngineConfig:
+    context = model.info.context_length
+    block_bytes = backends.kv_block_bytes(model.program, load.block_size, kv_dtype)
+    return EngineConfig(
+        block_size=load.block_size,
+        num_blocks=load.num_blocks or max(2, (load.kv_cache_bytes or _DEFAULT_KV_BYTES) // block_bytes),
+        max_num_batched_tokens=load.max_num_batched_tokens,
+        max_num_seqs=load.max_num_seqs,
+        max_logit_rows=max(_MIN_LOGIT_ROWS, load.max_num_seqs),
+        max_model_len=min(load.max_model_len or context, context),
+        enable_prefix_cache=load.enable_prefix_cache,
+        # The front end is the one that refuses; the engine must be able to take what the front end admitted.
+        max_waiting_seqs=load.max_live_sequences,
+        max_waiting_tokens=max(load.max_live_tokens, context),
+        vocab_size=model.info.vocab_size,
+    )
