@@ -154,13 +154,14 @@ async def test_a_model_that_cannot_be_read_fails_by_name_and_clients_learn_no_pa
         await _check_failed(running.address)
 
 
-async def test_without_torch_the_operator_is_told_what_to_install(
-    tiny_llama_gguf: Path, capfd: pytest.CaptureFixture[str]
+async def test_without_a_back_end_the_operator_is_told_what_to_install(
+    tiny_llama_gguf: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HEADRACE_NATIVE_LIBRARY", "/absent.so")
     script = "import sys; sys.modules['torch'] = None; from headrace.server.engine_main import main; main()"
     config = ServerConfig(model=str(tiny_llama_gguf), model_name="tiny", port=0)
     async with start_server(config, engine_command=(sys.executable, "-c", script)) as running:
-        with pytest.raises(ServerFailedError, match=r"needs torch: pip install"):
+        with pytest.raises(ServerFailedError, match=r"absent\.so.*torch reference: pip install"):
             await asyncio.wait_for(running.wait_ready(), PATIENCE)
         await _check_failed(running.address)
     assert "Traceback" not in capfd.readouterr().err

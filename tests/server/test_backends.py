@@ -1,0 +1,131 @@
+"""The choice of the back end: what is installed and what was asked for decide, and the operator learns the reason."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from headrace.kernels.native import library
+from headrace.kernels.program import KvLayout, StepProgram
+from headrace.models.errors import ModelError
+from headrace.server import backends, frames
+from headrace.server.cli import hardware
+from headrace.server.config import ServerConfig
+from headrace.server.engine_build import build_engine
+
+
+@pytest.fixture
+def _no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, str(tmp_path / "absent.so"))
+    library.load.cache_clear()
+    library.info.cache_clear()
+    yield
+    library.load.cache_clear()
+    library.info.cache_clear()
+
+
+@pytest.fixture
+def _no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # what an import of a package that is not there finds
+
+
+def load_frame(path: Path, **settings: object) -> frames.Load:
+    config = ServerConfig()
+    values = {name: getattr(config, name) for name in frames.Load.__struct_fields__ if hasattr(config, name)}
+    return frames.Load(**{**values, "path": str(path), **settings})  # type: ignore[arg-type]
+
+
+def test_the_native_library_is_chosen_where_it_loads() -> None:
+    choice = backends.choose()
+    assert (choice.name, choice.is_fallback) == ("native", False)
+    assert library.info().isa in choice.why
+    assert backends.choose("native") == choice
+
+
+def test_what_was_asked_for_is_taken() -> None:
+    choice = backends.choose("torch")
+    assert (choice.name, choice.is_fallback) == ("torch", False)
+    with pytest.raises(ModelError, match="no back end cuda"):
+        backends.choose("cuda")
+
+
+@pytest.mark.usefixtures("_no_library")
+def test_torch_is_what_is_left_and_that_is_said_loudly(tiny_llama_gguf: Path, caplog: pytest.LogCaptureFixture) -> None:
+    choice = backends.choose()
+    assert (choice.name, choice.is_fallback) == ("torch", True)
+    assert "absent.so" in choice.why
+    assert "slower" in choice.why
+    built = build_engine(load_frame(tiny_llama_gguf), lambda _: None)
+    assert built.backend == "torch-cpu"
+    assert [record.levelname for record in caplog.records if "absent.so" in record.getMessage()] == ["WARNING"]
+    with pytest.raises(ModelError, match=r"absent\.so"):
+        backends.choose("native")
+
+
+@pytest.mark.usefixtures("_no_library", "_no_torch")
+def test_with_neither_it_is_said_what_to_install() -> None:
+    with pytest.raises(ModelError, match=r"absent\.so.*or.*pip install 'headrace\[server,torch\]'"):
+        backends.choose()
+    with pytest.raises(ModelError, match=r"pip install 'headrace\[server,torch\]'"):
+        backends.choose("torch")
+    chosen = [backend for backend in hardware.detect_backends(hardware.detect_machine()) if backend.is_chosen]
+    assert chosen == []
+
+
+def test_the_doctor_names_the_instruction_sets() -> None:
+    native = hardware.detect_backends(hardware.detect_machine())[0]
+    info = library.info()
+    assert (native.name, native.is_available, native.is_chosen) == (f"native-{info.isa}", True, True)
+    assert all(name in native.why for name in info.compiled)
+
+
+@pytest.mark.usefixtures("_no_library")
+def test_the_doctor_says_why_it_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = hardware.detect_machine()
+    torch, native = hardware.detect_backends(machine)[:2]
+    assert (torch.name, torch.is_chosen, native.is_available) == ("torch-cpu", True, False)
+    assert "absent.so" in torch.why
+    assert "absent.so" in native.why
+    monkeypatch.setenv("HEADRACE_BACKEND", "native")
+    assert not any(backend.is_chosen for backend in hardware.detect_backends(machine))
+
+
+def test_kv_blocks_take_what_their_type_takes() -> None:
+    layers = (KvLayout(3, 64), KvLayout(1, 40, window=8))
+    program = StepProgram((), (), (), layers, 10)
+    elements = 2 * 16 * (3 * 64 + 1 * 40)
+    assert backends.kv_block_bytes(program, 16, "fp32") == 4 * elements
+    assert backends.kv_block_bytes(program, 16, "fp16") == backends.kv_block_bytes(program, 16, "bf16") == 2 * elements
+    assert backends.kv_block_bytes(program, 16, "int8") == elements + 4 * 2 * 16 * (3 + 1)
+    odd = StepProgram((), (), (), (KvLayout(1, 3),), 10)
+    assert backends.kv_block_bytes(odd, 5, "fp16") == 64  # 60 bytes, to a whole cache line
+
+
+def test_each_back_end_keeps_keys_and_values_as_it_can() -> None:
+    assert backends.choose_kv_dtype("native", "auto") == "fp16"
+    assert backends.choose_kv_dtype("native", "int8") == "int8"
+    assert backends.choose_kv_dtype("torch", "auto") == backends.choose_kv_dtype("torch", "fp32") == "fp32"
+    with pytest.raises(ModelError, match="fp32 only, not in int8"):
+        backends.choose_kv_dtype("torch", "int8")
+
+
+@pytest.mark.parametrize(
+    ("physical", "usable", "limit", "nodes", "count", "why"),
+    [
+        (8, 8, None, 1, 8, "one per physical core"),
+        (8, 3, None, 1, 3, "may run on"),
+        (8, 8, 2.5, 1, 2, "cgroup allows 2.5 CPUs"),
+        (8, 8, 0.5, 1, 1, "cgroup allows 0.5 CPUs"),
+        (2, 2, 4.0, 1, 2, "one per physical core"),
+        (64, 64, None, 2, 64, "2 NUMA nodes"),
+    ],
+)
+def test_threads_are_those_that_can_run_at_once(
+    physical: int, usable: int, limit: float | None, nodes: int, count: int, why: str
+) -> None:
+    machine = hardware.Machine("", "", (), physical, 2 * physical, usable, nodes, limit, 1, 1, None, ())
+    threads = hardware.choose_threads(machine)
+    assert threads.count == count
+    assert why in threads.why
