@@ -92,7 +92,7 @@ def build(
     sanitize: any of address, undefined, thread. target: an architecture to cross-compile for ("aarch64").
     werror: warnings are errors; None: where HEADRACE_NATIVE_WERROR is set (developers and CI).
     build_dir: where objects are kept; one is chosen under build/native. program: a source with a main function, which
-    makes `output` a program instead of a library. Raises BuildError.
+    makes `output` a program instead of a library, static so that an emulator needs nothing else. Raises BuildError.
     """
     compiler = find_compiler(cxx, target)
     if werror is None:
@@ -240,6 +240,8 @@ def _link(
     arguments += [str(unit.object) for unit in units]
     if sanitize:
         arguments.append(f"-fsanitize={','.join(sanitize)}")
+    elif is_program and sys.platform == "linux":
+        arguments.append("-static")
     elif sys.platform == "linux":
         # Whichever libstdc++ another package has loaded, ours is inside and nobody sees it.
         arguments += ["-Wl,--exclude-libs,ALL", "-Wl,--no-undefined", "-static-libgcc"]
@@ -259,8 +261,9 @@ def _link(
     stamp.write_text(wanted)
     log(f"built {output.name}")
     keep = {unit.object for unit in units}
-    for path in build_dir.glob("*.o"):
-        if path not in keep:
+    stems = {unit.source.stem for unit in units}
+    for path in build_dir.glob("*.o"):  # older ones of the same sources
+        if path not in keep and path.name.rpartition("-")[0] in stems:
             path.unlink()
 
 
