@@ -63,6 +63,10 @@ native-sanitize: $(DEV) ## run the op tests under the address, undefined and thr
 
 native-neon: | $(BIN)/python ## cross-compile for Arm; compare its kernels with plain C++ under qemu
 	$(BUILD) --target aarch64 --werror
+	$(BUILD) --target aarch64 --werror --program kernels/csrc/selftest --output $(BUILT)/selftest-aarch64
+	@if [ "$$(uname -m)" = aarch64 ]; then $(BUILT)/selftest-aarch64; \
+	elif command -v qemu-aarch64-static >/dev/null; then qemu-aarch64-static $(BUILT)/selftest-aarch64; \
+	else echo "COMPILED, NOT RUN: on Debian, apt install qemu-user-static" >&2; fi
 
 check: lint types protos docs ## formats, lints, types, floors, contract, generated files
 	$(BIN)/buf lint

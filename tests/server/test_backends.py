@@ -99,8 +99,8 @@ def test_kv_blocks_take_what_their_type_takes() -> None:
     assert backends.kv_block_bytes(program, 16, "fp32") == 4 * elements
     assert backends.kv_block_bytes(program, 16, "fp16") == backends.kv_block_bytes(program, 16, "bf16") == 2 * elements
     assert backends.kv_block_bytes(program, 16, "int8") == elements + 4 * 2 * 16 * (3 + 1)
-    odd = StepProgram((), (), (), (KvLayout(1, 3),), 10)
-    assert backends.kv_block_bytes(odd, 5, "fp16") == 64  # 60 bytes, to a whole cache line
+    odd = StepProgram((), (), (), (KvLayout(2, 3),), 10)
+    assert backends.kv_block_bytes(odd, 5, "fp16") == 2 * 64  # 60 bytes a head, to a whole cache line
 
 
 def test_each_back_end_keeps_keys_and_values_as_it_can() -> None:

@@ -18,7 +18,7 @@ from headrace.models.errors import ModelError
 KvDtype = Literal["fp32", "fp16", "bf16", "int8"]
 
 _BYTES: dict[KvDtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
-_ALIGN = 64  # bytes: a layer's part of a block is a multiple (kernels/csrc/layout.h)
+_ALIGN = 64  # bytes: each KV head's part of a block is a multiple (kernels/csrc/kv.h)
 _INSTALL_TORCH = "pip install 'headrace[server,torch]'"
 
 
@@ -79,6 +79,6 @@ def kv_block_bytes(program: StepProgram, block_size: int, dtype: KvDtype) -> int
     total = 0
     for layer in program.kv:
         per_token = layer.head_dim * _BYTES[dtype] + (4 if dtype == "int8" else 0)  # int8: a float32 scale each
-        layer_bytes = 2 * layer.num_kv_heads * block_size * per_token
-        total += -(-layer_bytes // _ALIGN) * _ALIGN
+        head_bytes = 2 * block_size * per_token
+        total += layer.num_kv_heads * (-(-head_bytes // _ALIGN) * _ALIGN)
     return total

@@ -91,8 +91,8 @@ def build(
 
     sanitize: any of address, undefined, thread. target: an architecture to cross-compile for ("aarch64").
     werror: warnings are errors; None: where HEADRACE_NATIVE_WERROR is set (developers and CI).
-    build_dir: where objects are kept; one is chosen under build/native. program: a source with a main function, which
-    makes `output` a program instead of a library, static so that an emulator needs nothing else. Raises BuildError.
+    build_dir: where objects are kept; one is chosen under build/native. program: a folder of more sources, which make
+    `output` a program instead of a library, static so that an emulator needs nothing else. Raises BuildError.
     """
     compiler = find_compiler(cxx, target)
     if werror is None:
@@ -173,7 +173,7 @@ def _units(compiler: Compiler, csrc: Path, flags: list[str], build_dir: Path, pr
     if not sources:
         raise BuildError(f"no sources in {csrc}")
     units = []
-    for source in [*sources, *([program] if program is not None else [])]:
+    for source in [*sources, *(sorted(program.glob("*.cpp")) if program is not None else [])]:
         own = [*flags, f"-I{csrc}"]
         if source.name.startswith("isa_"):
             isa = source.stem.removeprefix("isa_")
@@ -297,7 +297,7 @@ def main() -> int:
     parser.add_argument("--target", default="", help="cross-compile for this architecture, e.g. aarch64")
     parser.add_argument("--cxx", default="", help="the compiler; default: $CXX, c++, g++ or clang++")
     parser.add_argument("--output", type=Path, help="default: in place, or under build/native")
-    parser.add_argument("--program", type=Path, help="a source with a main function: makes a program")
+    parser.add_argument("--program", type=Path, help="a folder of more sources: makes a program")
     parser.add_argument("--werror", action="store_true", default=None, help="warnings are errors")
     options = parser.parse_args()
     sanitize = tuple(name for name in options.sanitize.split(",") if name)
