@@ -8,6 +8,7 @@
 #include "elementwise.h"
 #include "rope.h"
 #include "attention.h"
+#include "sample.h"
 
 #define HR_STRINGIFY_(x) #x
 #define HR_STRINGIFY(x) HR_STRINGIFY_(x)
@@ -16,7 +17,7 @@ namespace headrace::HR_ISA {
 
 inline const KernelTable kTable = {
     HR_STRINGIFY(HR_ISA), linear,     embed, quantize,  rms_norm,  rope_table, rope_kv,
-    attention,            add_rows, silu_gate, gelu_gate, soft_cap,
+    attention,            add_rows, silu_gate, gelu_gate, soft_cap, sample_rows,
 };
 
 }  // namespace headrace::HR_ISA

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "layout.h"
+#include "sample_args.h"
 
 namespace headrace {
 
@@ -122,6 +123,7 @@ struct KernelTable {
   void (*silu_gate)(const ElementwiseArgs&, int begin, int end);
   void (*gelu_gate)(const ElementwiseArgs&, int begin, int end);
   void (*soft_cap)(const ElementwiseArgs&, int begin, int end);
+  void (*sample)(const SampleArgs&, int begin, int end);
 };
 
 // Null where the table was not compiled for this target.
