@@ -1,8 +1,8 @@
 """Gets the peers: builds llama.cpp from a sdist, makes one environment per Python peer, converts the model for each.
 
 Everything lies in the cache, never in the repository, and is done once; `python -m bench.peers.run --install` does all
-of it ahead (llama.cpp takes 5 to 20 minutes, twice). What cannot be had raises AbsentError with its reason, which ends up
-in every row that wanted it.
+of it ahead (llama.cpp takes 5 to 20 minutes, twice). What cannot be had raises AbsentError with its reason, which
+ends up in every row that wanted it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def llama_cpp(isa: str) -> Path:
         return programs
     if missing := [tool for tool in ("cmake", "ninja", "g++") if shutil.which(tool) is None]:
         raise AbsentError(f"llama.cpp is not built and {', '.join(missing)} is missing")
-    source = _llama_source()
+    source = llama_source()
     print(f"building llama.cpp ({isa}); it stays in the cache", flush=True)
     options = [*_LLAMA_COMMON, *_LLAMA_OPTIONS[isa]]
     _run("llama.cpp", ["cmake", "-S", str(source), "-B", str(build), "-G", "Ninja", *options])
@@ -75,7 +75,7 @@ def llama_cpp(isa: str) -> Path:
     return programs
 
 
-def _llama_source() -> Path:
+def llama_source() -> Path:
     """llama.cpp as the sdist of llama-cpp-python carries it."""
     folder = cache_root() / "src"
     source = folder / f"llama_cpp_python-{LLAMA_VERSION}" / "vendor" / "llama.cpp"
@@ -102,8 +102,8 @@ def q4_0(gguf: Path) -> Path:
 
 @cache
 def llama_python() -> Environment:
-    """llama-cpp-python in its own environment (for logits). Raises AbsentError."""
-    return _environment("llama_cpp_python", [[f"{SDIST}=={LLAMA_VERSION}"]], "llama_cpp")
+    """What the Python side of llama-cpp-python imports (for logits); its library is that of `llama_cpp`."""
+    return _environment("llama_logits", [["numpy", "diskcache", "jinja2", "typing-extensions"]], "numpy")
 
 
 # ---- Python peers -------------------------------------------------------------------------------------------------

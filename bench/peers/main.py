@@ -93,7 +93,7 @@ def _install(gguf: Path) -> None:
         (rows.OPENVINO, install.openvino),
         (rows.CT2, lambda: install.ctranslate2(gguf)),
         (rows.VLLM, install.vllm),
-        ("llama-cpp-python", install.llama_python),
+        ("llama.cpp logits", install.llama_python),
     ):
         if samples.attempt(name, get) is not None:  # type: ignore[arg-type]
             print(f"{name}: ready", flush=True)

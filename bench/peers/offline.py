@@ -87,6 +87,10 @@ class Driven:
         tokens: list[int] = self._driver.call("greedy", prompt=prompt, new=new)["tokens"]
         return tokens
 
+    def logits(self, windows: Sequence[Sequence[int]], out: Path) -> dict[str, Any]:
+        """Writes the logits of each window to OUT/i.npy (ours only)."""
+        return self._driver.call("logits", windows=windows, out=str(out))
+
     def close(self) -> None:
         self._driver.close()
 

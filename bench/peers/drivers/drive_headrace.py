@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from headrace.engine.types import SamplingParams, SequenceRequest
 from headrace.kernels.program import Linear
 from headrace.models.checkpoint import open_checkpoint
@@ -18,6 +19,7 @@ from headrace.server import engine_main, frames
 from headrace.server.cli import hardware
 from headrace.server.config import ServerConfig
 from protocol import serve
+from windows import window_logits
 
 
 class Driver:
@@ -92,9 +94,17 @@ class Driver:
                 tokens += [token.token_id for token in output.tokens]
         return {"tokens": tokens}
 
+    def logits(self, windows: list[list[int]], out: str) -> dict[str, Any]:
+        """Writes float32 [tokens, vocabulary] of window i to OUT/i.npy."""
+        executor = self._engine._executor  # the engine itself never hands out logits
+        for number, window in enumerate(windows):
+            np.save(f"{out}/{number}.npy", window_logits(executor, window, self._config.block_size))
+        return {"windows": len(windows)}
+
 
 if __name__ == "__main__":
     pairs = zip(sys.argv[3::2], sys.argv[4::2], strict=True)
     settings = {name.removeprefix("--").replace("-", "_"): int(value) for name, value in pairs}
     driver = Driver(Path(sys.argv[1]), int(sys.argv[2]), settings)
-    serve(driver.hello, {"decode": driver.decode, "prefill": driver.prefill, "greedy": driver.greedy})
+    operations = {"decode": driver.decode, "prefill": driver.prefill, "greedy": driver.greedy, "logits": driver.logits}
+    serve(driver.hello, operations)
