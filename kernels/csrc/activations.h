@@ -1,5 +1,6 @@
 // Activations of the integer products: float32 rows to int8 or int16 in groups of 32, four rows interleaved. Called by
-// the kernels whose result only feeds a quantised weight (norms, attention, gates), by quantize(), and read by linear*.h.
+// the kernels whose result only feeds a quantised weight (norms, attention, gates), by quantize(), and read by
+// linear*.h.
 //
 // A block is 4 rows x 32 features: 64 bytes of numbers about each row's group, then the integers, so that one pointer
 // serves every broadcast of a tile and a matrix product reads its activations as one stream:
@@ -59,8 +60,8 @@ inline void store_group(uint8_t* block, int32_t bits, int column, F32x16 low, F3
   }
 }
 
-// 32 features of one row, starting at x32, to group `group` of row `row`. scale = max |x| / 127 (or 32512), q to nearest
-// even. Groups are independent: threads may write different groups, and different rows, at the same time.
+// 32 features of one row, starting at x32, to group `group` of row `row`. scale = max |x| / 127 (or 32512), q to
+// nearest even. Groups are independent: threads may write different groups, and different rows, at the same time.
 inline void quantize_group(const float* x32, const Activations& to, int row, int group) {
   const int column = row % kColumns;
   const float most = to.bits == 8 ? 127.0f : 32512.0f;

@@ -56,3 +56,150 @@ HR_API int hr_sample_test(const char* isa, const float* logits, int64_t logits_s
                           int32_t vocab_size, const HrRowSampling* samplings, const int32_t* token_ids,
                           int32_t num_token_ids, const float* bias_values, int32_t num_bias_values,
                           HrRowResult* results, int32_t* top_ids, double* top_logprobs, int32_t num_top);
+
+// ---- The executor: a fused program handed over once, then one call per step (headrace.kernels.native.encode) ----
+
+// csrc/layout.h, PackedMatrix. `data` is used where it lies and must stay; 64-byte aligned.
+typedef struct HrMatrix {
+  const void* data;
+  int64_t data_bytes, panel_bytes;
+  int32_t kind, scale_kind, rows, cols, scales_per_block, has_zeros, is_gated, reserved;
+} HrMatrix;
+
+typedef struct HrVector {  // copied
+  const float* data;
+  int64_t size;
+} HrVector;
+
+// bits 0: float32; 8 or 16: quantised activations. is_logits: has max_logit_rows rows, else max_tokens.
+typedef struct HrBuffer {
+  int32_t is_logits, bits, width;
+} HrBuffer;
+
+typedef struct HrOperand {  // columns of a buffer; all of it where that is quantised
+  int32_t buffer, column, width;
+} HrOperand;
+
+typedef struct HrRope {  // copied
+  const float* inv_freq;
+  int32_t half;
+  float attention_factor;
+} HrRope;
+
+typedef struct HrKvShape {
+  int32_t num_kv_heads, head_dim;
+} HrKvShape;
+
+enum HrOpKind {
+  HR_EMBED = 0,     // out = rows of matrix * scale
+  HR_QUANTIZE = 1,  // quantized = a
+  HR_LINEAR = 2,    // out or quantized = a @ matrix (+ vector); epilogue: csrc/kernel_table.h, Epilogue
+  HR_NORM = 3,      // out and/or quantized = norm of a by vector, in groups of `group`; selects_rows: by logit_rows
+  HR_ROPE_KV = 4,   // a, b, c = q, k, v; vector, vector2 = norms of q and k; rope
+  HR_ATTENTION = 5, // out and/or quantized = attention of a
+  HR_ADD = 6,       // out = a + b
+  HR_SILU_GATE = 7, // out = act(a) * b
+  HR_GELU_GATE = 8,
+  HR_SELECT = 9,    // out = rows logit_rows of a
+  HR_SOFT_CAP = 10, // a = soft_cap * tanh(a / soft_cap)
+  HR_NUM_OP_KINDS = 11
+};
+
+// Indices into the arrays of HrExecutorConfig (operands, matrices, vectors, ropes, layers); -1: none.
+typedef struct HrOp {
+  int32_t kind, a, b, c, out, quantized, matrix, vector, vector2, rope, layer;
+  int32_t epilogue, group, num_heads, window, selects_rows;
+  float eps, scale, soft_cap;
+} HrOp;
+
+typedef struct HrExecutorConfig {
+  const HrMatrix* matrices;
+  const HrVector* vectors;
+  const HrBuffer* buffers;
+  const HrOperand* operands;
+  const HrRope* ropes;
+  const HrKvShape* layers;
+  const HrOp* ops;
+  int32_t num_matrices, num_vectors, num_buffers, num_operands, num_ropes, num_layers, num_ops;
+  int32_t logits;  // operand
+  int32_t vocab_size, num_blocks, block_size, kv_kind;  // kv_kind: csrc/layout.h, KvKind
+  int32_t max_tokens, max_logit_rows, num_threads;
+  int32_t is_profiled;  // measure every op
+  int32_t test_fault;   // 0; 1 makes dense products depend on the number of rows, for the test that must notice it
+} HrExecutorConfig;
+
+// headrace.kernels.batch.StepBatch: T tokens of B sequences, S rows of logits. `samplings` null: no sampling.
+typedef struct HrStepBatch {
+  const int32_t *token_ids, *positions, *slot_mapping;  // [T]
+  const int32_t *cu_seqlens_q, *seq_lens;               // [B + 1], [B]
+  const int32_t* block_tables;                          // [B][block_table_width]
+  const int32_t* logit_rows;                            // [S]
+  const HrRowSampling* samplings;                       // [S]
+  const int32_t* sampling_ids;
+  const float* bias_values;
+  HrRowResult* results;  // [S]
+  int32_t* top_ids;
+  double* top_logprobs;
+  int32_t num_tokens, num_seqs, num_logits, block_table_width;
+  int32_t num_sampling_ids, num_bias_values, num_top, reserved;
+} HrStepBatch;
+
+typedef struct HrExecutor HrExecutor;
+
+// Null where something does not fit; hr_last_error says what.
+HR_API HrExecutor* hr_executor_create(const HrExecutorConfig* config);
+HR_API void hr_executor_destroy(HrExecutor* executor);
+// One step. 0, or negative: the batch was refused and nothing has run.
+HR_API int hr_executor_run(HrExecutor* executor, const HrStepBatch* batch);
+// Copies the last step's logits, [S][vocab_size].
+HR_API int hr_executor_logits(const HrExecutor* executor, float* out);
+// Nanoseconds spent so far in each op, then in what precedes the first (plans) and in sampling: num_ops + 2 numbers, all
+// 0 unless is_profiled. Waiting for the slower threads counts.
+HR_API int hr_executor_stats(const HrExecutor* executor, int64_t* nanoseconds, int32_t count);
+HR_API const char* hr_executor_isa(const HrExecutor* executor);
+// Fills the KV block with NaN (bytes 255), so that a test sees who reads what was freed.
+HR_API int hr_executor_poison(HrExecutor* executor, int32_t block);
+
+// ---- Matrices and single linear ops (headrace.kernels.native.matrix); HrMatrix is declared above ----
+
+// Some rows of a matrix that is to be packed: MatrixPart of pack.h.
+typedef struct HrMatrixPart {
+  const void* packed;
+  const float* scales;
+  const float* zeros;
+  int32_t rows, group_size;
+} HrMatrixPart;
+
+// Bytes of a packed matrix (data and the two sizes are not looked at), or -1 where there is no such matrix.
+HR_API int64_t hr_matrix_bytes(const HrMatrix* matrix);
+// Pack the parts, one below the other, into out (64-byte aligned, hr_matrix_bytes long). 0, or negative.
+HR_API int hr_pack_matrix(const HrMatrix* matrix, const HrMatrixPart* parts, int32_t num_parts, uint8_t* out,
+                          int64_t out_bytes);
+// The inverse, in groups of 32 / scales_per_block: packed as in HrMatrixPart for all rows; scales and zeros,
+// [rows][cols / group_size], null where there are none. 0, or negative.
+HR_API int hr_unpack_matrix(const HrMatrix* matrix, void* packed, float* scales, float* zeros);
+
+// Bytes of `rows` x `width` activations quantised to `bits`, or -1 where there are no such.
+HR_API int64_t hr_activation_bytes(int64_t rows, int64_t width, int32_t bits);
+
+// What one linear op works on: LinearArgs of kernel_table.h. activations, of num_rows x matrix.cols, for the quantised
+// kinds, x for the others; gated takes what a gate makes where out is null. bias is [panels * 16] in the panels' order.
+typedef struct HrLinear {
+  const uint8_t* activations;
+  int64_t activations_bytes;
+  const float* x;
+  int64_t x_stride;
+  const float* bias;
+  float* out;
+  int64_t out_stride;
+  uint8_t* gated;
+  int64_t gated_bytes;
+  int32_t bits, gated_bits, epilogue, num_rows;
+} HrLinear;
+
+// Single ops with the kernels of `isa` (null: those in use), for tests and benches. 0, or negative.
+HR_API int hr_quantize_test(const char* isa, const float* x, int64_t x_stride, int32_t rows, int32_t width,
+                            int32_t bits, uint8_t* out, int64_t out_bytes);
+HR_API int hr_linear_test(const char* isa, const HrMatrix* matrix, const HrLinear* linear, int32_t units_per_call);
+HR_API int hr_embed_test(const char* isa, const HrMatrix* table, const int32_t* token_ids, int32_t num_tokens,
+                         float scale, float* out, int64_t out_stride);

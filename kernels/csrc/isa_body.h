@@ -5,6 +5,7 @@
 #include "simd.h"
 // The kernels, each in the namespace headrace::HR_ISA.
 #include "linear.h"
+#include "embed.h"
 #include "elementwise.h"
 #include "rope.h"
 #include "attention.h"

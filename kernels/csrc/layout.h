@@ -9,10 +9,10 @@
 
 namespace headrace {
 
-constexpr int kLanes = 16;      // floats in an F32x16; output rows of a weight panel
-constexpr int kGroup = 32;      // input features of a weight block, and of an activation group
-constexpr int kColumns = 4;     // activation rows ("columns" of the product) that are interleaved
-constexpr size_t kAlign = 64;   // bytes; every buffer and panel starts on a cache line
+constexpr int kLanes = 16;     // floats in an F32x16; output rows of a weight panel
+constexpr int kGroup = 32;     // input features of a weight block, and of an activation group
+constexpr int kColumns = 4;    // activation rows ("columns" of the product) that are interleaved
+constexpr size_t kAlign = 64;  // bytes; every buffer and panel starts on a cache line
 
 enum class WeightKind : int32_t { kInt4 = 0, kInt8 = 1, kF32 = 2, kF16 = 3, kBf16 = 4 };
 enum class ScaleKind : int32_t { kF16 = 0, kF32 = 1 };
@@ -29,8 +29,8 @@ enum class ScaleKind : int32_t { kF16 = 0, kF32 = 1 };
 //
 //   kF32, kF16, kBf16: feature by feature, 16 rows each ([cols][16]); no scales.
 //
-// A gated matrix (`is_gated`) holds gate above up, `rows` / 2 each, and interleaves their rows 32 and 32, so that 4 panels
-// make 32 outputs of act(gate) * up; each half is padded to a multiple of 32.
+// A gated matrix (`is_gated`) holds gate above up, `rows` / 2 each, and interleaves their rows 32 and 32, so that 4
+// panels make 32 outputs of act(gate) * up; each half is padded to a multiple of 32.
 struct PackedMatrix {
   const uint8_t* data;
   WeightKind kind;
@@ -67,8 +67,8 @@ inline int64_t num_panels(const PackedMatrix& m) {
 inline int64_t num_linear_units(const PackedMatrix& m) { return m.is_gated ? num_panels(m) / 4 : num_panels(m); }
 
 // Rows of activations quantised for the integer kinds, in groups of 32 features: x = scale * q, symmetric.
-// bits 8: q in -127..127; bits 16: q in -32512..32512. Four rows are interleaved; what lies in the places of rows beyond
-// the last is never read as a number that matters. The exact layout is private to activations.h and linear*.h.
+// bits 8: q in -127..127; bits 16: q in -32512..32512. Four rows are interleaved; what lies in the places of rows
+// beyond the last is never read as a number that matters. The exact layout is private to activations.h and linear*.h.
 struct Activations {
   uint8_t* data;
   int32_t bits;   // 8 or 16

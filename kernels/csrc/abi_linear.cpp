@@ -1,0 +1,210 @@
+// The C functions of matrices and single linear ops (headrace_native.h). All arguments are checked before memory is
+// touched: Python's callers get a sentence, never a crash.
+#include <cstdint>
+#include <cstring>
+
+#include "error.h"
+#include "headrace_native.h"
+#include "kernel_table.h"
+#include "pack.h"
+
+using namespace headrace;
+
+namespace {
+
+constexpr int64_t kMostBytes = INT64_MAX / 4;
+
+bool is_aligned(const void* p) { return (uintptr_t)p % kAlign == 0; }
+
+// What the executor and the kernels call it; panel_bytes is filled in.
+PackedMatrix packed_matrix(const HrMatrix& m) {
+  PackedMatrix packed = {(const uint8_t*)m.data,
+                         (WeightKind)m.kind,
+                         (ScaleKind)m.scale_kind,
+                         m.rows,
+                         m.cols,
+                         m.scales_per_block,
+                         m.has_zeros,
+                         m.is_gated,
+                         0};
+  packed.panel_bytes = panel_bytes_of(packed);
+  return packed;
+}
+
+int check_matrix(const HrMatrix* m) {
+  if (!m) return fail("matrix is null");
+  if (m->rows <= 0 || m->cols <= 0) return fail("a matrix has rows and columns, not %d x %d", m->rows, m->cols);
+  if (m->kind < 0 || m->kind > 4) return fail("there is no weight kind %d", m->kind);
+  if (m->is_gated < 0 || m->is_gated > 1) return fail("is_gated is %d, not 0 or 1", m->is_gated);
+  if (m->is_gated && m->rows % 2) return fail("%d rows cannot be halved into gate and up", m->rows);
+  if (is_quantized((WeightKind)m->kind)) {
+    if (m->cols % kGroup) return fail("%d columns are no multiple of %d", m->cols, kGroup);
+    if (m->scale_kind < 0 || m->scale_kind > 1) return fail("there is no scale kind %d", m->scale_kind);
+    if (m->has_zeros < 0 || m->has_zeros > 1) return fail("has_zeros is %d, not 0 or 1", m->has_zeros);
+    if (m->scales_per_block < 1 || m->scales_per_block > 2)
+      return fail("scales_per_block is %d, not 1 or 2", m->scales_per_block);
+  }
+  const PackedMatrix packed = packed_matrix(*m);
+  if (num_panels(packed) > kMostBytes / packed.panel_bytes)
+    return fail("%d x %d weights are too many", m->rows, m->cols);
+  return 0;
+}
+
+int check_data(const HrMatrix* m) {
+  if (check_matrix(m)) return -1;
+  if (!m->data) return fail("the matrix's data is null");
+  const PackedMatrix packed = packed_matrix(*m);
+  if (m->panel_bytes != packed.panel_bytes)
+    return fail("a panel has %lld bytes, not %lld", (long long)packed.panel_bytes, (long long)m->panel_bytes);
+  if (m->data_bytes < num_panels(packed) * packed.panel_bytes) return fail("the matrix's data is cut off");
+  if (!is_aligned(m->data)) return fail("the matrix's data is not aligned to %d bytes", (int)kAlign);
+  return 0;
+}
+
+int check_part(const HrMatrix& m, const HrMatrixPart& part) {
+  if (part.rows <= 0) return fail("a part has rows, not %d", part.rows);
+  if (!part.packed) return fail("a part's packed is null");
+  if (!is_quantized((WeightKind)m.kind)) return 0;
+  if (!part.scales) return fail("a part's scales are null");
+  if (part.zeros && !m.has_zeros) return fail("a part has zeros, the matrix has none");
+  const int group = part.group_size;
+  if (group != 16 && (group <= 0 || group % kGroup)) return fail("a group is 16 or a multiple of 32, not %d", group);
+  if (group == 16 && m.scales_per_block != 2) return fail("groups of 16 need two scales per block");
+  if (m.cols % group) return fail("%d columns are no multiple of the group size %d", m.cols, group);
+  return 0;
+}
+
+int64_t checked_activation_bytes(int64_t rows, int64_t width, int32_t bits) {
+  if (rows <= 0 || rows > INT32_MAX) return fail("activations have rows, not %lld", (long long)rows);
+  if (width <= 0 || width > INT32_MAX || width % kGroup)
+    return fail("activations are a multiple of %d wide, not %lld", kGroup, (long long)width);
+  if (bits != 8 && bits != 16) return fail("activations have 8 or 16 bits, not %d", bits);
+  return (int64_t)activation_bytes(rows, width, bits);  // at most 2^31 * 2^31 * 2.5: it fits
+}
+
+int check_activations(const void* data, int64_t bytes, int64_t rows, int64_t width, int32_t bits) {
+  const int64_t needed = checked_activation_bytes(rows, width, bits);
+  if (needed < 0) return -1;
+  if (!data) return fail("activations are null");
+  if (!is_aligned(data)) return fail("activations are not aligned to %d bytes", (int)kAlign);
+  if (bytes < needed) return fail("activations need %lld bytes, not %lld", (long long)needed, (long long)bytes);
+  return 0;
+}
+
+const KernelTable* kernels_of(const char* isa) {
+  const KernelTable* table = choose_kernels(isa);
+  if (!table) fail("no kernels %s that run here", isa ? isa : "");
+  return table;
+}
+
+int check_linear(const HrMatrix* m, const HrLinear* op) {
+  if (check_data(m)) return -1;
+  if (!op) return fail("linear is null");
+  if (op->num_rows <= 0) return fail("a linear op has rows, not %d", op->num_rows);
+  if (is_quantized((WeightKind)m->kind)) {
+    if (check_activations(op->activations, op->activations_bytes, op->num_rows, m->cols, op->bits)) return -1;
+  } else {
+    if (!op->x) return fail("x is null");
+    if (op->x_stride < m->cols) return fail("rows of x are %lld apart, not %d", (long long)op->x_stride, m->cols);
+  }
+  const bool is_gate = op->epilogue == (int32_t)Epilogue::kSiluGate || op->epilogue == (int32_t)Epilogue::kGeluGate;
+  if (op->epilogue < 0 || op->epilogue > 3) return fail("there is no epilogue %d", op->epilogue);
+  if (is_gate != (m->is_gated == 1)) return fail("a gate goes with a gated matrix, and with no other");
+  if (!op->out) {
+    if (!is_gate) return fail("out is null");
+    return check_activations(op->gated, op->gated_bytes, op->num_rows, m->rows / 2, op->gated_bits);
+  }
+  const int width = is_gate ? m->rows / 2 : m->rows;
+  if (op->out_stride < width) return fail("rows of out are %lld apart, not %d", (long long)op->out_stride, width);
+  return 0;
+}
+
+}  // namespace
+
+int64_t hr_matrix_bytes(const HrMatrix* matrix) {
+  if (check_matrix(matrix)) return -1;
+  const PackedMatrix m = packed_matrix(*matrix);
+  return num_panels(m) * m.panel_bytes;
+}
+
+int hr_pack_matrix(const HrMatrix* matrix, const HrMatrixPart* parts, int32_t num_parts, uint8_t* out,
+                   int64_t out_bytes) {
+  if (check_matrix(matrix)) return -1;
+  if (!parts || num_parts <= 0) return fail("there are no parts");
+  if (num_parts > 16) return fail("%d parts are too many", num_parts);
+  MatrixPart own[16];
+  int64_t rows = 0;
+  for (int i = 0; i < num_parts; i++) {
+    if (check_part(*matrix, parts[i])) return -1;
+    const int group = is_quantized((WeightKind)matrix->kind) ? parts[i].group_size : kGroup;
+    own[i] = {parts[i].packed, parts[i].scales, parts[i].zeros, parts[i].rows, group};
+    rows += parts[i].rows;
+  }
+  if (rows != matrix->rows) return fail("the parts have %lld rows, the matrix %d", (long long)rows, matrix->rows);
+  if (!out) return fail("out is null");
+  if (!is_aligned(out)) return fail("out is not aligned to %d bytes", (int)kAlign);
+  const int64_t needed = hr_matrix_bytes(matrix);
+  if (out_bytes < needed) return fail("out needs %lld bytes, not %lld", (long long)needed, (long long)out_bytes);
+  const PackedMatrix m = packed_matrix(*matrix);
+  pack_panels(m, own, num_parts, out, 0, num_panels(m));
+  return 0;
+}
+
+int hr_unpack_matrix(const HrMatrix* matrix, void* packed, float* scales, float* zeros) {
+  if (check_data(matrix)) return -1;
+  if (!packed) return fail("packed is null");
+  const bool is_quant = is_quantized((WeightKind)matrix->kind);
+  if (is_quant && (!scales || (matrix->has_zeros && !zeros))) return fail("scales or zeros are null");
+  unpack_matrix(packed_matrix(*matrix), packed, scales, zeros);
+  return 0;
+}
+
+int64_t hr_activation_bytes(int64_t rows, int64_t width, int32_t bits) {
+  return checked_activation_bytes(rows, width, bits);
+}
+
+int hr_quantize_test(const char* isa, const float* x, int64_t x_stride, int32_t rows, int32_t width, int32_t bits,
+                     uint8_t* out, int64_t out_bytes) {
+  if (check_activations(out, out_bytes, rows, width, bits)) return -1;
+  if (!x) return fail("x is null");
+  if (x_stride < width) return fail("rows of x are %lld apart, not %d", (long long)x_stride, width);
+  const KernelTable* table = kernels_of(isa);
+  if (!table) return -1;
+  const Activations to = {out, bits, width};
+  const QuantizeArgs args = {x, x_stride, &to};
+  table->quantize(args, 0, rows);
+  return 0;
+}
+
+int hr_linear_test(const char* isa, const HrMatrix* matrix, const HrLinear* op, int32_t units_per_call) {
+  if (check_linear(matrix, op)) return -1;
+  if (units_per_call <= 0) return fail("a call has units, not %d", units_per_call);
+  const KernelTable* table = kernels_of(isa);
+  if (!table) return -1;
+  const PackedMatrix m = packed_matrix(*matrix);
+  // The kernels write through the pointers of outputs alone.
+  const Activations from = {const_cast<uint8_t*>(op->activations), op->bits, m.cols};
+  const Activations to = {op->gated, op->gated_bits, m.rows / 2};
+  const LinearArgs args = {&m,      &from,          op->x, op->x_stride,           op->bias,
+                           op->out, op->out_stride, &to,   (Epilogue)op->epilogue, op->num_rows};
+  const int units = (int)num_linear_units(m);
+  for (int begin = 0; begin < units; begin += units_per_call)
+    table->linear(args, begin, units - begin < units_per_call ? units : begin + units_per_call);
+  return 0;
+}
+
+int hr_embed_test(const char* isa, const HrMatrix* table, const int32_t* token_ids, int32_t num_tokens, float scale,
+                  float* out, int64_t out_stride) {
+  if (check_data(table)) return -1;
+  if (table->is_gated) return fail("a gated matrix is no table");
+  if (!token_ids || !out) return fail("token_ids or out is null");
+  if (num_tokens <= 0) return fail("there are tokens, not %d", num_tokens);
+  if (out_stride < table->cols) return fail("rows of out are %lld apart, not %d", (long long)out_stride, table->cols);
+  for (int i = 0; i < num_tokens; i++)
+    if (token_ids[i] < 0 || token_ids[i] >= table->rows) return fail("there is no token %d", token_ids[i]);
+  const KernelTable* kernels = kernels_of(isa);
+  if (!kernels) return -1;
+  const PackedMatrix m = packed_matrix(*table);
+  kernels->embed({&m, token_ids, scale, out, out_stride}, 0, num_tokens);
+  return 0;
+}
