@@ -32,7 +32,7 @@ void test_step(Random& random, KvKind kind, int head_dim, int window, float soft
   const int num_rows = cu_seqlens_q[kSeqs];
   Buffer<float> q((size_t)(num_rows * width)), out((size_t)(num_rows * width));
   random.fill(q.data(), q.size());
-  Buffer<uint8_t> scratch(attention_scratch_bytes(head_dim));
+  Buffer<uint8_t> scratch(attention_scratch_bytes());
   AttentionArgs args = {};
   args.q = q.data();
   args.q_stride = args.out_stride = width;
