@@ -93,7 +93,8 @@ void add_items(AttentionPlan& plan, AttentionItem item, const Sequence& sequence
 // Rows per item: as many as share each key well, fewer where the step would then have too few items.
 int rows_per_item(const Sequence& sequence, int64_t target) {
   const int64_t keys = ceil_div(sequence.work(0, sequence.num_rows), sequence.num_rows);
-  const int64_t wanted = std::clamp<int64_t>(target / keys / kAttentionStep * kAttentionStep, kAttentionStep, kAttentionRows);
+  const int64_t wanted =
+      std::clamp<int64_t>(target / keys / kAttentionStep * kAttentionStep, kAttentionStep, kAttentionRows);
   const int64_t num_tiles = ceil_div(sequence.num_rows, wanted);
   return (int)(ceil_div(ceil_div(sequence.num_rows, num_tiles), kAttentionStep) * kAttentionStep);
 }
@@ -110,8 +111,8 @@ bool comes_first(const AttentionItem& a, const AttentionItem& b) {
 
 void reserve_attention_plan(AttentionPlan& plan, const KvLayer& kv, int num_heads, int max_rows, int num_threads) {
   const int64_t group = num_heads / kv.num_kv_heads;
-  // Every row of the step alone with its heads in tiles, and what splitting adds: an item is split only where it is more
-  // than a share of 1 / (threads * kItemsPerThread) of the step.
+  // Every row of the step alone with its heads in tiles, and what splitting adds: an item is split only where it is
+  // more than a share of 1 / (threads * kItemsPerThread) of the step.
   const int64_t num_split = 2 * (int64_t)num_threads * kItemsPerThread;
   plan.memory->items.reserve((size_t)(max_rows * kv.num_kv_heads * ceil_div(group, kAttentionStep) + num_split));
   plan.memory->splits.reserve((size_t)num_split);

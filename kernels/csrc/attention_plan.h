@@ -8,13 +8,13 @@
 
 namespace headrace {
 
-// Positions are cut at multiples of this into chunks, each with a softmax of its own; chunks are merged in order. Part of
-// the arithmetic's definition: it must not depend on the batch. 64 rather than 128 or 256 so that three KV heads of a
-// short context still share out over two threads; the merge costs about 4 % of a chunk.
+// Positions are cut at multiples of this into chunks, each with a softmax of its own; chunks are merged in order. Part
+// of the arithmetic's definition: it must not depend on the batch. 64 rather than 128 or 256 so that three KV heads of
+// a short context still share out over two threads; the merge costs about 4 % of a chunk.
 constexpr int kAttentionChunk = 64;
 
-// The most rows of an item. A row is one (query, head) pair: for the g query heads of a KV head, row g * i + h is head h
-// of the sequence's i-th query of this step.
+// The most rows of an item. A row is one (query, head) pair: for the g query heads of a KV head, row g * i + h is head
+// h of the sequence's i-th query of this step.
 constexpr int kAttentionRows = 48;
 
 // The rows of an item that are computed together.
@@ -38,7 +38,8 @@ struct AttentionSplit {
   int64_t partials;  // offset in floats, see attention_partial_floats
 };
 
-// Owned by the executor; keeps its memory from step to step. Plain pointers, as kernels of every instruction set read it.
+// Owned by the executor; keeps its memory from step to step. Plain pointers, as kernels of every instruction set read
+// it.
 struct AttentionPlan {
   AttentionPlan();
   ~AttentionPlan();

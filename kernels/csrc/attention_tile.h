@@ -37,8 +37,8 @@ struct KvElement<KvKind::kInt8> {
 
 // The keys of one chunk and KV head, in tiles of 16 positions. Only the tiles that were asked for are set.
 struct ChunkView {
-  const void* k[kKeyTiles];  // element (d, lane) of tile t at k[t] + d * k_stride + lane, in elements
-  const void* v[kKeyTiles];  // element (lane, d) at v[t] + lane * v_stride + d
+  const void* k[kKeyTiles];         // element (d, lane) of tile t at k[t] + d * k_stride + lane, in elements
+  const void* v[kKeyTiles];         // element (lane, d) at v[t] + lane * v_stride + d
   const float* k_scale[kKeyTiles];  // [16] each; null but for kInt8
   const float* v_scale[kKeyTiles];
   int64_t k_stride, v_stride;

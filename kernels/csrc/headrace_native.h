@@ -203,3 +203,79 @@ HR_API int hr_quantize_test(const char* isa, const float* x, int64_t x_stride, i
 HR_API int hr_linear_test(const char* isa, const HrMatrix* matrix, const HrLinear* linear, int32_t units_per_call);
 HR_API int hr_embed_test(const char* isa, const HrMatrix* table, const int32_t* token_ids, int32_t num_tokens,
                          float scale, float* out, int64_t out_stride);
+
+// ---- Single ops that are no matrix product (headrace.kernels.native.single_ops), with the kernels of `isa` (null: those
+// in use). For tests and benches. 0, or negative. ----
+
+// csrc/layout.h, KvLayer: num_blocks blocks of hr_kv_block_bytes each; 64-byte aligned.
+typedef struct HrKv {
+  uint8_t* data;
+  int64_t data_bytes;
+  int32_t kind, num_kv_heads, head_dim, block_size, num_blocks, reserved;
+} HrKv;
+
+// Bytes of one block with all heads, or -1 where there is no such.
+HR_API int64_t hr_kv_block_bytes(int32_t kind, int32_t num_kv_heads, int32_t head_dim, int32_t block_size);
+
+enum HrLaneOperation {  // csrc/lanes_probe.h
+  HR_LANES_LOAD_MASKED, HR_LANES_STORE_MASKED, HR_LANES_ADD, HR_LANES_SUB, HR_LANES_MUL, HR_LANES_DIV, HR_LANES_FMA,
+  HR_LANES_FNMA, HR_LANES_MAX, HR_LANES_MIN, HR_LANES_ABS, HR_LANES_COPYSIGN, HR_LANES_SELECT, HR_LANES_ROUND_EVEN,
+  HR_LANES_EXP2_INT, HR_LANES_LOAD_F16, HR_LANES_STORE_F16, HR_LANES_LOAD_BF16, HR_LANES_STORE_BF16, HR_LANES_LOAD_I8,
+  HR_LANES_STORE_I8, HR_LANES_LOAD_I32, HR_LANES_STORE_I32, HR_LANES_SUM, HR_LANES_MAX_LANE, HR_LANES_EXP,
+  HR_LANES_EXP_WEIGHT, HR_LANES_TANH, HR_LANES_SILU, HR_LANES_GELU_TANH, HR_NUM_LANE_OPERATIONS
+};
+// Each array is num_vectors times 64 bytes: 16 elements each, of whatever width, from the first byte on.
+HR_API int hr_lanes_test(const char* isa, int32_t operation, const void* a, const void* b, const void* c, void* out,
+                         int64_t num_vectors);
+
+typedef struct HrRmsNorm {  // csrc/kernel_table.h, RmsNormArgs
+  const float* x;
+  int64_t x_stride;
+  const float* weight;
+  const int32_t* row_index;
+  float* out;
+  int64_t out_stride;
+  uint8_t* quantized;
+  int64_t quantized_bytes;
+  int32_t num_x_rows, rows, width, group, bits;
+  float eps;
+} HrRmsNorm;
+HR_API int hr_rms_norm_test(const char* isa, const HrRmsNorm* op);
+
+enum HrElementwise {  // a + b; act(a) * b; cap * tanh(a / cap)
+  HR_ELEMENTWISE_ADD, HR_ELEMENTWISE_SILU_GATE, HR_ELEMENTWISE_GELU_GATE, HR_ELEMENTWISE_SOFT_CAP, HR_NUM_ELEMENTWISE
+};
+HR_API int hr_elementwise_test(const char* isa, int32_t kind, const float* a, const float* b, float* out,
+                               int64_t stride, int32_t rows, int32_t width, float cap);
+
+// cos_sin: float32 [rows][2 * half].
+HR_API int hr_rope_table_test(const char* isa, const float* inv_freq, int32_t half, const int32_t* positions,
+                              int32_t rows, float attention_factor, float* cos_sin);
+
+typedef struct HrRopeKv {  // csrc/kernel_table.h, RopeKvArgs
+  HrKv kv;
+  float *q, *k;
+  const float* v;
+  int64_t q_stride, k_stride, v_stride;
+  const float *q_norm, *k_norm, *cos_sin;
+  const int32_t* slots;
+  int32_t num_heads, rows;
+  float norm_eps;
+} HrRopeKv;
+HR_API int hr_rope_kv_test(const char* isa, const HrRopeKv* op);
+
+typedef struct HrAttention {  // csrc/kernel_table.h, AttentionArgs
+  HrKv kv;
+  const float* q;
+  int64_t q_stride;
+  const int32_t *block_tables, *seq_lens, *cu_seqlens_q;
+  float* out;
+  int64_t out_stride;
+  uint8_t* quantized;
+  int64_t quantized_bytes;
+  int32_t num_seqs, block_table_width, num_heads, window, bits;
+  int32_t num_threads, repeats;  // the whole op, so many times over
+  float scale, soft_cap;
+} HrAttention;
+// The number of items that the op was cut into, or negative. nanoseconds: [repeats] or null.
+HR_API int hr_attention_test(const char* isa, const HrAttention* op, int64_t* nanoseconds);

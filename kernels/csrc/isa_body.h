@@ -9,6 +9,7 @@
 #include "elementwise.h"
 #include "rope.h"
 #include "attention.h"
+#include "lanes_probe.h"
 #include "sample.h"
 
 #define HR_STRINGIFY_(x) #x
@@ -19,6 +20,7 @@ namespace headrace::HR_ISA {
 inline const KernelTable kTable = {
     HR_STRINGIFY(HR_ISA), linear,     embed, quantize,  rms_norm,  rope_table, rope_kv,
     attention,            add_rows, silu_gate, gelu_gate, soft_cap, sample_rows,
+    probe_lanes,
 };
 
 }  // namespace headrace::HR_ISA

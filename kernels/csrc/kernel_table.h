@@ -124,6 +124,7 @@ struct KernelTable {
   void (*gelu_gate)(const ElementwiseArgs&, int begin, int end);
   void (*soft_cap)(const ElementwiseArgs&, int begin, int end);
   void (*sample)(const SampleArgs&, int begin, int end);
+  void (*probe_lanes)(int operation, const void* a, const void* b, const void* c, void* out, int64_t num_vectors);
 };
 
 // Null where the table was not compiled for this target.

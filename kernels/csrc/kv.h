@@ -9,9 +9,7 @@ namespace headrace {
 
 constexpr int kMaxHeadDim = 256;
 
-static inline int64_t kv_element_bytes(KvKind kind) {
-  return kind == KvKind::kF32 ? 4 : kind == KvKind::kInt8 ? 1 : 2;
-}
+static inline int64_t kv_element_bytes(KvKind kind) { return kind == KvKind::kF32 ? 4 : kind == KvKind::kInt8 ? 1 : 2; }
 
 // Bytes of one KV head within a block, a multiple of 64: K [head_dim][block_size], V [block_size][head_dim], and for
 // kInt8 the float32 scales of K and V, [block_size] each.
@@ -27,8 +25,8 @@ static inline int64_t kv_block_bytes(KvKind kind, int num_kv_heads, int head_dim
 
 // One head of one block.
 struct KvHead {
-  uint8_t* k;  // element (d, slot) at d * block_size + slot
-  uint8_t* v;  // element (slot, d) at slot * head_dim + d
+  uint8_t* k;      // element (d, slot) at d * block_size + slot
+  uint8_t* v;      // element (slot, d) at slot * head_dim + d
   float* k_scale;  // [block_size]; null but for kInt8
   float* v_scale;
 };

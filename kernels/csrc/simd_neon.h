@@ -21,7 +21,9 @@ inline uint32x4_t mask_of(unsigned bits) {  // the low 4 bits, each as a lane of
   static const uint32_t kBit[4] = {1, 2, 4, 8};
   return vtstq_u32(vdupq_n_u32(bits), vld1q_u32(kBit));
 }
-inline float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }  // b where a is NaN
+inline float32x4_t larger(float32x4_t a, float32x4_t b) {
+  return vbslq_f32(vcgtq_f32(a, b), a, b);
+}  // b where a is NaN
 
 inline F32x16 load(const float* p) {
   return each_quarter([&](int i) { return vld1q_f32(p + 4 * i); });

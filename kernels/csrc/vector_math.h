@@ -1,5 +1,6 @@
 // exp, tanh, SiLU and GELU on sixteen lanes: one order of operations, so the same bits on every instruction set.
-// Included by the kernels inside an isa_*.cpp; tests/kernels/native/test_vector_math.py holds the bounds against float64.
+// Included by the kernels inside an isa_*.cpp; tests/kernels/native/test_vector_math.py holds the bounds against
+// float64.
 //
 // Over the whole float32 range; NaN stays NaN. Largest error, in units in the last place of the float32 result:
 //   exp   1    (results below 2^-126 are subnormal numbers, within 1 of their spacing; -inf gives 0, above 88.73 inf)
@@ -46,7 +47,8 @@ inline F32x16 exp(F32x16 x) {
   return mul(mul(p, exp2_int(half)), exp2_int(sub(reduced.n, half)));
 }
 
-// exp for x <= 0 where tiny results do not matter, as in the weights of a softmax: below -87.7 it gives 0. NaN stays NaN.
+// exp for x <= 0 where tiny results do not matter, as in the weights of a softmax: below -87.7 it gives 0. NaN stays
+// NaN.
 inline F32x16 exp_weight(F32x16 x) {
   const F32x16 clamped = max(broadcast(-88.0f), x);  // n >= -127: 2^-127 comes out as 0
   const ReducedExponent reduced = reduce_exponent(clamped);
