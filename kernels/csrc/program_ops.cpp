@@ -224,6 +224,8 @@ void Resolver::attention(Op& op) {
   expect(in_.num_heads > 0 && in_.num_heads % args.kv->num_kv_heads == 0, "the heads do not fit");
   expect(q.width == in_.num_heads * args.kv->head_dim && !q.is_logits, "q does not fit");
   expect(in_.window >= 0, "the window is negative");
+  // Each head quantises its own groups.
+  expect(!has(in_.quantized) || args.kv->head_dim % kGroup == 0, "a group would span two heads");
   outputs(q.width, args.out, args.out_stride, args.quantized);
   if (failed_) return;
   args.q = q.data;

@@ -333,6 +333,8 @@ def fuse_quantize(program: NativeProgram, forms: Mapping[str, WeightForm]) -> Na
             return None
         if producer.out != quantize.x or producer.quantized is not None:
             return None
+        if isinstance(producer, Attention) and program.kv[producer.layer].head_dim % GROUP:
+            return None  # a group would hold the heads of two threads
         is_dead = names.is_dead(quantize.x, i + 2)
         if isinstance(producer, MatMul) and (producer.epilogue in ("store", "add") or not is_dead):
             return None
