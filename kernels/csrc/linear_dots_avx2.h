@@ -18,7 +18,7 @@ constexpr bool kUnpacksNibbles = true;
 inline void unpack_nibbles(const uint8_t* from, uint8_t* to) {
   const __m256i mask = _mm256_set1_epi8(15);
   for (int at = 0; at < 256; at += 32) {
-    const __m256i both = _mm256_load_si256((const __m256i*)(from + at));
+    const __m256i both = _mm256_loadu_si256((const __m256i*)(from + at));
     _mm256_store_si256((__m256i*)(to + at), _mm256_and_si256(both, mask));
     _mm256_store_si256((__m256i*)(to + at + 256), _mm256_and_si256(_mm256_srli_epi16(both, 4), mask));
   }
@@ -27,8 +27,8 @@ inline void unpack_nibbles(const uint8_t* from, uint8_t* to) {
 // Features 4 g .. 4 g + 3 of 8 rows as bytes; `half` 0: rows 0..7.
 template <Format kFormat>
 inline __m256i weights_at(const uint8_t* q, int g, int half) {
-  if (kFormat != Format::kNibbles) return _mm256_load_si256((const __m256i*)(q + 64 * g + 32 * half));
-  __m256i both = _mm256_load_si256((const __m256i*)(q + 64 * (g & 3) + 32 * half));
+  if (kFormat != Format::kNibbles) return _mm256_loadu_si256((const __m256i*)(q + 64 * g + 32 * half));
+  __m256i both = _mm256_loadu_si256((const __m256i*)(q + 64 * (g & 3) + 32 * half));
   if (g >= 4) both = _mm256_srli_epi16(both, 4);
   return _mm256_and_si256(both, _mm256_set1_epi8(15));
 }

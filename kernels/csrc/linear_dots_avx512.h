@@ -19,8 +19,8 @@ inline void unpack_nibbles(const uint8_t*, uint8_t*) {}  // never called
 // Features 4 g .. 4 g + 3 of the 16 rows as bytes.
 template <Format kFormat>
 inline __m512i weights_at(const uint8_t* q, int g) {
-  if (kFormat != Format::kNibbles) return _mm512_load_si512(q + 64 * g);
-  __m512i both = _mm512_load_si512(q + 64 * (g & 3));
+  if (kFormat != Format::kNibbles) return _mm512_loadu_si512(q + 64 * g);
+  __m512i both = _mm512_loadu_si512(q + 64 * (g & 3));
   if (g >= 4) both = _mm512_srli_epi16(both, 4);
   return _mm512_and_si512(both, _mm512_set1_epi8(15));
 }
