@@ -1,6 +1,7 @@
 """Load a model: its weights for the engine process, everything but its weights for the front end.
 
-`load_model` is called by the engine process, `load_front` by the server's front end and the CLI.
+`load_model` is called by the engine process for the torch back end (`packed.load_packed` for the native one),
+`load_front` by the server's front end and the CLI.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def load_model(path: str | Path, on_progress: Callable[[float], None] | None = N
             done += checkpoint.tensors[spec.name].nbytes
             if on_progress is not None:
                 on_progress(done / total)
-        return LoadedModel(checkpoint.config, _info(checkpoint, ()), checkpoint.program, weights)
+        return LoadedModel(checkpoint.config, model_info(checkpoint, ()), checkpoint.program, weights)
     finally:
         checkpoint.close()
 
@@ -93,7 +94,7 @@ def load_front(path: str | Path) -> FrontModel:
             raise ModelFileError(
                 f"{Path(path).name}: {tokenizer.vocab_size} tokens, but {checkpoint.config.vocab_size} embeddings"
             )
-        info = _info(checkpoint, tokenizer.eos_ids)
+        info = model_info(checkpoint, tokenizer.eos_ids)
         template = None
         if info.chat_template:
             bos = "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id)
@@ -104,7 +105,8 @@ def load_front(path: str | Path) -> FrontModel:
         checkpoint.close()
 
 
-def _info(checkpoint: Checkpoint, eos_token_ids: tuple[int, ...]) -> ModelInfo:
+def model_info(checkpoint: Checkpoint, eos_token_ids: tuple[int, ...]) -> ModelInfo:
+    """The facts of an open model; reads no weight."""
     per_type: Counter[str] = Counter()
     for spec in checkpoint.program.weights:
         per_type[checkpoint.tensors[spec.name].type_name] += math.prod(spec.shape)

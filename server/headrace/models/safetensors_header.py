@@ -22,7 +22,6 @@ import numpy as np
 from headrace.models.errors import ModelFileError
 from headrace.models.files import TensorInfo, clip, map_file
 from headrace.models.gguf_blocks import DENSE_BYTES, F32, decode_dense
-from safetensors import SafetensorError, safe_open
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
@@ -53,6 +52,8 @@ class SafetensorsFile:
 
 def open_file(path: Path) -> SafetensorsFile:
     """Map and check one file. Raises ModelFileError."""
+    from safetensors import SafetensorError, safe_open  # who reads GGUF files does without
+
     data = map_file(path)
     header = _header_bytes(data, path.name)
     try:
