@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import numpy.typing as npt
 import pytest
-from headrace.kernels.native import library
 from headrace.kernels.native.library import info
 from headrace.kernels.native.single_ops import ELEMENTWISE, Bits, ElementwiseKind, elementwise, rms_norm
+
+from tests.support.activations import quantized
 
 F32 = npt.NDArray[np.float32]
 ISAS = info().usable
@@ -74,19 +73,6 @@ def test_rows_may_be_gathered() -> None:
     assert np.array_equal(rms_norm(x, weight, 1e-5, row_index=index).out, out[index])
 
 
-def activations(x: F32, bits: int) -> npt.NDArray[np.uint8]:
-    """x as quantised activations, made by the op that does nothing else."""
-    native = library.load()
-    native.hr_activation_bytes.restype = ctypes.c_int64
-    size = native.hr_activation_bytes(ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1]), bits)
-    block = np.zeros(size + 64, np.uint8)
-    out = block[-block.ctypes.data % 64 :][:size]
-    pointers = ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(out.ctypes.data)
-    shape = ctypes.c_int64(x.shape[1]), len(x), x.shape[1]
-    assert native.hr_quantize_test(None, pointers[0], *shape, bits, pointers[1], ctypes.c_int64(size)) == 0
-    return out
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("wants_floats", [True, False])
 @pytest.mark.parametrize("bits", [8, 16])
@@ -97,7 +83,7 @@ def test_a_quantised_norm_is_the_norm_quantised(bits: Bits, wants_floats: bool, 
     assert want is not None
     got = rms_norm(x, weight, 1e-5, row_index=index, bits=bits, wants_floats=wants_floats, isa=isa)
     assert got.quantized is not None
-    assert np.array_equal(got.quantized, activations(want, bits))
+    assert np.array_equal(got.quantized, quantized(want, bits))
     assert wants_floats == (got.out is not None)
     assert got.out is None or np.array_equal(got.out, want)
 
