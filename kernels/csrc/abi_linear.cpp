@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "abi_linear.h"
 #include "error.h"
 #include "headrace_native.h"
 #include "kernel_table.h"
@@ -10,13 +11,8 @@
 
 using namespace headrace;
 
-namespace {
+namespace headrace {
 
-constexpr int64_t kMostBytes = INT64_MAX / 4;
-
-bool is_aligned(const void* p) { return (uintptr_t)p % kAlign == 0; }
-
-// What the executor and the kernels call it; panel_bytes is filled in.
 PackedMatrix packed_matrix(const HrMatrix& m) {
   PackedMatrix packed = {(const uint8_t*)m.data,
                          (WeightKind)m.kind,
@@ -30,6 +26,14 @@ PackedMatrix packed_matrix(const HrMatrix& m) {
   packed.panel_bytes = panel_bytes_of(packed);
   return packed;
 }
+
+}  // namespace headrace
+
+namespace {
+
+constexpr int64_t kMostBytes = INT64_MAX / 4;
+
+bool is_aligned(const void* p) { return (uintptr_t)p % kAlign == 0; }
 
 int check_matrix(const HrMatrix* m) {
   if (!m) return fail("matrix is null");
@@ -91,6 +95,10 @@ int check_activations(const void* data, int64_t bytes, int64_t rows, int64_t wid
   return 0;
 }
 
+}  // namespace
+
+namespace headrace {
+
 const KernelTable* kernels_of(const char* isa) {
   const KernelTable* table = choose_kernels(isa);
   if (!table) fail("no kernels %s that run here", isa ? isa : "");
@@ -119,7 +127,15 @@ int check_linear(const HrMatrix* m, const HrLinear* op) {
   return 0;
 }
 
-}  // namespace
+LinearOp::LinearOp(const HrMatrix& m, const HrLinear& op)
+    : matrix(packed_matrix(m)),
+      // The kernels write through the pointers of outputs alone.
+      activations{const_cast<uint8_t*>(op.activations), op.bits, m.cols},
+      gated{op.gated, op.gated_bits, m.rows / 2},
+      args{&matrix, &activations,  op.x,   op.x_stride,           op.bias,
+           op.out,  op.out_stride, &gated, (Epilogue)op.epilogue, op.num_rows} {}
+
+}  // namespace headrace
 
 int64_t hr_matrix_bytes(const HrMatrix* matrix) {
   if (check_matrix(matrix)) return -1;
@@ -181,15 +197,10 @@ int hr_linear_test(const char* isa, const HrMatrix* matrix, const HrLinear* op, 
   if (units_per_call <= 0) return fail("a call has units, not %d", units_per_call);
   const KernelTable* table = kernels_of(isa);
   if (!table) return -1;
-  const PackedMatrix m = packed_matrix(*matrix);
-  // The kernels write through the pointers of outputs alone.
-  const Activations from = {const_cast<uint8_t*>(op->activations), op->bits, m.cols};
-  const Activations to = {op->gated, op->gated_bits, m.rows / 2};
-  const LinearArgs args = {&m,      &from,          op->x, op->x_stride,           op->bias,
-                           op->out, op->out_stride, &to,   (Epilogue)op->epilogue, op->num_rows};
-  const int units = (int)num_linear_units(m);
+  const LinearOp own(*matrix, *op);
+  const int units = (int)num_linear_units(own.matrix);
   for (int begin = 0; begin < units; begin += units_per_call)
-    table->linear(args, begin, units - begin < units_per_call ? units : begin + units_per_call);
+    table->linear(own.args, begin, units - begin < units_per_call ? units : begin + units_per_call);
   return 0;
 }
 

@@ -170,6 +170,9 @@ def native() -> ctypes.CDLL:
     lib.hr_quantize_test.argtypes = (ctypes.c_char_p, pointer, i64, i32, i32, i32, pointer, i64)
     matrix, op = ctypes.POINTER(MatrixStruct), ctypes.POINTER(LinearStruct)
     lib.hr_linear_test.argtypes = (ctypes.c_char_p, matrix, op, i32)
+    double = ctypes.POINTER(ctypes.c_double)
+    lib.hr_linear_bench.argtypes = (ctypes.c_char_p, matrix, i32, op, i32, i32, double)
+    lib.hr_read_bench.argtypes = (pointer, i64, i32, i32, double)
     lib.hr_embed_test.argtypes = (ctypes.c_char_p, matrix, pointer, i32, ctypes.c_float, pointer, i64)
     return lib
 
