@@ -13,18 +13,13 @@ import argparse
 import ctypes
 import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from headrace.kernels.native import library
+from headrace.kernels.native import library, linear_ops
 from headrace.kernels.native.matrix import MatrixStruct, PackedMatrix, aligned_bytes, pack_matrix
 from headrace.kernels.quant import QuantKind, QuantTensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.kernels.native import linear_ops  # noqa: E402
 
 COLD_BYTES = 80e6  # more than the last-level caches of this class of machine hold for one core
 
@@ -69,7 +64,7 @@ def main() -> None:
             continue
         matrices = make(case, 1 if options.warm else 0)
         runs = {(isa, rows): run(case, matrices, isa, rows, options) for isa in isas for rows in options.rows}
-        rates = {key: 0.0 for key in runs}
+        rates = dict.fromkeys(runs, 0.0)
         for _ in range(options.rounds):
             for key, measure in runs.items():
                 rates[key] = max(rates[key], measure())

@@ -1,6 +1,6 @@
-"""Single linear ops of the native library, as the tests and benches call them: numpy arrays in, numpy arrays out.
+"""Single linear ops of the native library for tests and benches: numpy arrays in, numpy arrays out.
 
-Used by test_linear*.py and bench/ops/linear.py. `isa` names a table of kernels; every function raises ValueError with
+Called by tests/kernels/native/test_linear*.py and bench/ops/linear.py. `isa` names a table of kernels; every function raises ValueError with
 the library's sentence where it refuses.
 """
 
@@ -19,6 +19,7 @@ from headrace.kernels.native.matrix import MatrixStruct, PackedMatrix, aligned_b
 Epilogue = Literal["store", "add", "silu_gate", "gelu_gate"]
 EPILOGUES: tuple[Epilogue, ...] = ("store", "add", "silu_gate", "gelu_gate")
 F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 
 
@@ -55,29 +56,40 @@ class Quantized:
         """uint8 [fours of rows, groups, bytes of a block]."""
         return self.data.reshape(-1, self.width // 32, 64 + 16 * self.bits)
 
-    def numbers(self, index: int, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[np.generic]:
-        """One of the header's four vectors, [rows, groups]."""
-        header = np.ascontiguousarray(self.blocks()[..., 16 * index : 16 * index + 16]).view(dtype)
-        return header.transpose(0, 2, 1).reshape(-1, self.width // 32)[: self.rows]
+    def _numbers(self, index: int) -> U8:
+        """One of the header's four vectors, uint8 [rows, groups, 4]."""
+        header = self.blocks()[..., 16 * index : 16 * index + 16].reshape(-1, self.width // 32, 4, 4)
+        return np.ascontiguousarray(header.transpose(0, 2, 1, 3)).reshape(-1, self.width // 32, 4)[: self.rows]
 
     @property
     def scales(self) -> F32:
         """float32 [rows, groups]."""
-        return self.numbers(0)  # type: ignore[return-value]
+        return self._numbers(0).view(np.float32)[..., 0]
 
-    def q(self) -> npt.NDArray[np.int32]:
+    @property
+    def scale_sums(self) -> F32:
+        """float32 [rows, groups]: scale times the sum of the group's integers."""
+        return self._numbers(1).view(np.float32)[..., 0]
+
+    @property
+    def neg8_sums(self) -> I32:
+        """int32 [2, rows, groups]: -8 times the sum of the group's integers, and of its upper sixteen."""
+        return np.stack([self._numbers(2).view(np.int32)[..., 0], self._numbers(3).view(np.int32)[..., 0]])
+
+    def q(self) -> I32:
         """The integers, int32 [rows, width]."""
         raw = np.ascontiguousarray(self.blocks()[..., 64:]).view(np.int8 if self.bits == 8 else np.int16)
         fours, groups, _ = raw.shape
         q = raw.reshape(fours, groups, 8, 4, 4)  # [.., g, row, place]
         if self.bits == 16:
             q = q[..., [0, 2, 1, 3]]
-        q = q.transpose(0, 3, 1, 2, 4).reshape(fours * 4, self.width)
-        return q[: self.rows].astype(np.int32)
+        rows: I32 = q.transpose(0, 3, 1, 2, 4).reshape(fours * 4, self.width)[: self.rows].astype(np.int32)
+        return rows
 
     def dequantize(self) -> npt.NDArray[np.float64]:
         """float64 [rows, width], exact."""
-        return self.q() * np.repeat(self.scales.astype(np.float64), 32, axis=1)
+        x: npt.NDArray[np.float64] = self.q() * np.repeat(self.scales.astype(np.float64), 32, axis=1)
+        return x
 
 
 def empty_activations(rows: int, width: int, bits: int) -> Quantized:
