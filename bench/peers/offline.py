@@ -160,7 +160,9 @@ def headrace(model: Path, place: Place, *, kv_tokens: int = 0, max_num_seqs: int
 
 def openvino(gguf: Path, place: Place) -> Driven:
     """Raises AbsentError or PeerError."""
-    command = [install.openvino().python, _DRIVERS / "drive_openvino.py", gguf, str(place.threads)]
+    # Where bfloat16 is there it computes in it, and with dynamic quantisation in int8; an AVX2 core does neither.
+    options = ["INFERENCE_PRECISION_HINT=f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE=0"] if place.isa == "avx2" else []
+    command = [install.openvino().python, _DRIVERS / "drive_openvino.py", gguf, str(place.threads), *options]
     return Driven(Driver("openvino-genai", command, place.cpus, place.environment("openvino")))
 
 

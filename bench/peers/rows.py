@@ -85,14 +85,18 @@ class Outcome:
 
 def judge(row: Row, rounds: Sequence[Sample], absent: Mapping[str, str]) -> Outcome:
     """The row's outcome from its rounds. Rounds in which a contender is missing do not count against that peer."""
-    missing = {name: why for name, why in absent.items() if name in (*row.peers, OURS)}
     pairs = {
         peer: [(r[OURS], r[peer]) for r in rounds if r.get(OURS) is not None and r.get(peer)] for peer in row.peers
     }
     ratios = {peer: [ours / theirs for ours, theirs in both] for peer, both in pairs.items() if both}
+    missing = {}
     for peer in row.peers:
-        if peer not in ratios:
-            missing.setdefault(peer, "it gave no figure in any round")
+        if not ratios.get(peer):
+            missing[peer] = absent.get(peer, "it gave no figure in any round")
+        elif len(ratios[peer]) < len(rounds) and peer in absent:
+            missing[peer] = f"in {len(rounds) - len(ratios[peer])} of {len(rounds)} rounds: {absent[peer]}"
+    if OURS in absent and not any(OURS in sample for sample in rounds):
+        missing = {OURS: absent[OURS]}
     medians = {peer: statistics.median(values) for peer, values in ratios.items()}
     if not medians:
         return Outcome(row, None, "", None, None, absent=missing)

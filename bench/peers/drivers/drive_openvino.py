@@ -1,4 +1,4 @@
-"""openvino-genai's ContinuousBatchingPipeline: python drive_openvino.py MODEL.gguf THREADS; see protocol.py."""
+"""openvino-genai's ContinuousBatchingPipeline: python drive_openvino.py MODEL.gguf THREADS [PROPERTY=VALUE]."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from protocol import serve
 
 
 class Driver:
-    def __init__(self, path: str, threads: int) -> None:
-        self._path, self._threads = path, threads
+    def __init__(self, path: str, threads: int, properties: dict[str, str]) -> None:
+        self._path, self._options = path, {"INFERENCE_NUM_THREADS": threads, **properties}
         self._pipeline: Any = None
         self._next_id = 0
 
@@ -25,8 +25,7 @@ class Driver:
         scheduler.max_num_seqs = 64
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = False
-        options = {"INFERENCE_NUM_THREADS": self._threads}
-        self._pipeline = openvino_genai.ContinuousBatchingPipeline(self._path, scheduler, "CPU", options)
+        self._pipeline = openvino_genai.ContinuousBatchingPipeline(self._path, scheduler, "CPU", self._options)
         self.decode([[1] * 16], 4)
         return {"versions": {"openvino-genai": openvino_genai.__version__, "openvino": openvino.__version__}}
 
@@ -78,5 +77,5 @@ class Driver:
 
 
 if __name__ == "__main__":
-    driver = Driver(sys.argv[1], int(sys.argv[2]))
+    driver = Driver(sys.argv[1], int(sys.argv[2]), dict(text.split("=", 1) for text in sys.argv[3:]))
     serve(driver.hello, {"decode": driver.decode, "prefill": driver.prefill, "greedy": driver.greedy})
