@@ -1,7 +1,7 @@
 """Single linear ops of the native library for tests and benches: numpy arrays in, numpy arrays out.
 
-Called by tests/kernels/native/test_linear*.py and bench/ops/linear.py. `isa` names a table of kernels; every function raises ValueError with
-the library's sentence where it refuses.
+Called by tests/kernels/native/test_linear*.py and bench/ops/linear.py. `isa` names a table of kernels; every function
+raises ValueError with the library's sentence where it refuses.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Quantized:
 
     def dequantize(self) -> npt.NDArray[np.float64]:
         """float64 [rows, width], exact."""
-        x: npt.NDArray[np.float64] = self.q() * np.repeat(self.scales.astype(np.float64), 32, axis=1)
+        x: npt.NDArray[np.float64] = self.q().astype(np.float64) * np.repeat(self.scales.astype(np.float64), 32, axis=1)
         return x
 
 
