@@ -82,16 +82,53 @@ inline double log_of(double x) {
 }
 
 // Sums of float32 lanes in float64: lanes stay apart until the end, so the order is the same everywhere.
-struct LaneSums {
-  double v[16] = {};
+class LaneSums {
+ public:
+#if defined(HR_ISA_AVX512)
+  void add(F32x16 a) {
+    lo_ = _mm512_add_pd(lo_, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+    hi_ = _mm512_add_pd(hi_, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+  }
+
+ private:
+  void store_to(double* sums) const {
+    _mm512_storeu_pd(sums, lo_);
+    _mm512_storeu_pd(sums + 8, hi_);
+  }
+  __m512d lo_ = _mm512_setzero_pd(), hi_ = _mm512_setzero_pd();
+#elif defined(HR_ISA_AVX2)
+  void add(F32x16 a) {  // not in a loop: the compiler would keep the sums in memory
+    v0_ = _mm256_add_pd(v0_, _mm256_cvtps_pd(_mm256_castps256_ps128(a.lo)));
+    v1_ = _mm256_add_pd(v1_, _mm256_cvtps_pd(_mm256_extractf128_ps(a.lo, 1)));
+    v2_ = _mm256_add_pd(v2_, _mm256_cvtps_pd(_mm256_castps256_ps128(a.hi)));
+    v3_ = _mm256_add_pd(v3_, _mm256_cvtps_pd(_mm256_extractf128_ps(a.hi, 1)));
+  }
+
+ private:
+  void store_to(double* sums) const {
+    _mm256_storeu_pd(sums, v0_);
+    _mm256_storeu_pd(sums + 4, v1_);
+    _mm256_storeu_pd(sums + 8, v2_);
+    _mm256_storeu_pd(sums + 12, v3_);
+  }
+  __m256d v0_ = _mm256_setzero_pd(), v1_ = _mm256_setzero_pd();
+  __m256d v2_ = _mm256_setzero_pd(), v3_ = _mm256_setzero_pd();
+#else
   void add(F32x16 a) {
     float x[16];
     store(x, a);
-    for (int i = 0; i < 16; i++) v[i] += x[i];
+    for (int i = 0; i < 16; i++) v_[i] += x[i];
   }
+
+ private:
+  void store_to(double* sums) const { std::memcpy(sums, v_, sizeof v_); }
+  double v_[16] = {};
+#endif
+
+ public:
   double total() const {
     double sums[16];
-    for (int i = 0; i < 16; i++) sums[i] = v[i];
+    store_to(sums);
     for (int n = 8; n >= 1; n /= 2)
       for (int i = 0; i < n; i++) sums[i] += sums[i + n];
     return sums[0];
