@@ -93,7 +93,7 @@ def _install(gguf: Path) -> None:
         (rows.VLLM, install.vllm),
         ("llama.cpp logits", install.llama_python),
     ):
-        if samples.attempt(name, get) is not None:  # type: ignore[arg-type]
+        if samples.attempt(name, get) is not None:
             print(f"{name}: ready", flush=True)
 
 

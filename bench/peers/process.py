@@ -15,7 +15,6 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from bench.peers.install import cache_root
@@ -31,7 +30,7 @@ class PinnedProcess:
     """A process group on the given cores. `begin` is when it was started, seconds of time.perf_counter()."""
 
     def __init__(
-        self, name: str, command: Sequence[str | Path], cpus: Sequence[int], env: Mapping[str, str], *, piped: bool
+        self, name: str, command: Sequence[object], cpus: Sequence[int], env: Mapping[str, str], *, piped: bool
     ) -> None:
         self.name = name
         logs = cache_root() / "logs"
@@ -84,7 +83,7 @@ class Driver(PinnedProcess):
     """A process that speaks drivers/protocol.py. Raises PeerError when it does not come up."""
 
     def __init__(
-        self, name: str, command: Sequence[str | Path], cpus: Sequence[int], env: Mapping[str, str], wait: float = 120.0
+        self, name: str, command: Sequence[object], cpus: Sequence[int], env: Mapping[str, str], wait: float = 120.0
     ) -> None:
         super().__init__(
             name, command, cpus, {**env, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}, piped=True
@@ -97,7 +96,7 @@ class Driver(PinnedProcess):
             raise
         self.hold()
 
-    def call(self, op: str, wait: float = 300.0, **arguments: Any) -> dict[str, Any]:
+    def call(self, op: str, wait: float = 600.0, **arguments: Any) -> dict[str, Any]:
         """The answer to one command. Raises PeerError."""
         assert self.process.stdin is not None
         self.resume()

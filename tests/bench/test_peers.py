@@ -1,4 +1,4 @@
-"""The peers bench where a mistake would tell a lie: directions, medians, who is the best peer, what goes to the docs."""
+"""The peers bench where a mistake would tell a lie: directions, medians, the best peer, what goes into the docs."""
 
 from __future__ import annotations
 
