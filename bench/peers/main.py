@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ PLOT = ROOT / "docs" / "performance.svg"  # on AVX2, which the targets are for
 
 def main() -> None:
     options = _parse()
+    _commit()
     gguf = Path(fetch_model(options.model))
     if options.install:
         _install(gguf)
@@ -164,12 +166,18 @@ def _write_page(name: str, lines: Sequence[str]) -> None:
     PAGE.write_text(report.replace_between(PAGE.read_text(), name, ["", *lines, ""]))
 
 
-def _facts(place: Place) -> dict[str, Any]:
+@cache
+def _commit() -> str:
+    """The commit that is measured, found before the first results make the working tree differ from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _facts(place: Place) -> dict[str, Any]:
     return {
         "isa": place.isa,
         "threads": place.threads,
-        "commit": done.stdout.strip() or "unknown",
+        "commit": _commit(),
         "machine": asdict(hardware.detect_machine()),
     }

