@@ -147,26 +147,29 @@ class AttentionRun {
     AttentionArgs args = args_;
     args.scratch = scratch_[thread].get();
     for (int repeat = 0; repeat < repeats_; repeat++) {
-      meet(2 * repeat + 1);
-      const auto start = std::chrono::steady_clock::now();
+      const int64_t start = meet(2 * repeat + 1);
       for (int i = next_[repeat]++; i < plan_.num_items; i = next_[repeat]++) table_.attention(args, i, i + 1);
-      meet(2 * repeat + 2);
-      const auto taken = std::chrono::steady_clock::now() - start;
-      if (nanoseconds) nanoseconds[repeat] = std::chrono::duration_cast<std::chrono::nanoseconds>(taken).count();
+      const int64_t end = meet(2 * repeat + 2);
+      if (nanoseconds) nanoseconds[repeat] = end - start;
     }
   }
 
-  void meet(int times) {
-    arrived_++;
-    while (arrived_ < times * num_threads_)
-      if (num_threads_ > (int)std::thread::hardware_concurrency()) std::this_thread::yield();
+  // Returns, to all, when the last of them came.
+  int64_t meet(int times) {
+    if (++arrived_ == times * num_threads_) {
+      met_at_ = std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+      num_met_ = times;
+    }
+    while (num_met_ < times) std::this_thread::yield();
+    return met_at_;
   }
 
   const KernelTable& table_;
   const AttentionArgs& args_;
   const AttentionPlan& plan_;
   const int num_threads_, repeats_;
-  std::atomic<int> arrived_{0};
+  std::atomic<int> arrived_{0}, num_met_{0};
+  std::atomic<int64_t> met_at_{0};
   std::vector<std::atomic<int>> next_;
   std::vector<std::unique_ptr<uint8_t, void (*)(void*)>> scratch_;
 };

@@ -29,7 +29,6 @@ struct AttentionJob {
   const AttentionItem& item;
   AttentionScratch& scratch;
   int num_rows, group, head_dim, padded_dim;
-  bool is_direct;  // K and V can be read where they lie, 16 positions at a time
 };
 
 // (m, l, o) of some rows.
@@ -212,19 +211,22 @@ inline void attend_chunk(const AttentionJob& job, const ChunkView& view, int chu
   }
 }
 
-// Where positions [begin, end) of a chunk lie, for block sizes and head dimensions that are multiples of 16.
-inline ChunkView view_of_blocks(const AttentionJob& job, int begin, int end) {
-  const KvLayer& kv = *job.args.kv;
-  const int32_t* blocks = job.args.block_tables + job.item.sequence * job.args.block_table_width;
+// Where the keys of a chunk lie, for block sizes and head dimensions that are multiples of 16.
+inline ChunkView view_of_blocks(const AttentionArgs& args, const AttentionItem& item, int chunk) {
+  const KvLayer& kv = *args.kv;
+  const int32_t* blocks = args.block_tables + item.sequence * args.block_table_width;
   const int64_t bytes = kv_element_bytes(kv.kind);
+  const int base = chunk * kAttentionChunk, length = args.seq_lens[item.sequence];
   ChunkView view = {};
   view.k_stride = kv.block_size;
   view.v_stride = kv.head_dim;
-  for (int position = begin / kLanes * kLanes; position < end; position += kLanes) {
-    const int t = position % kAttentionChunk / kLanes, offset = position % kv.block_size;
-    const KvHead head = kv_head(kv, blocks[position / kv.block_size], job.item.kv_head);
+  for (int t = 0; t < kKeyTiles; t++) {
+    const int position = base + t * kLanes < length ? base + t * kLanes : base;  // beyond the end: nothing new
+    const int block = position / kv.block_size, offset = position - block * kv.block_size;
+    const KvHead head = kv_head(kv, blocks[block], item.kv_head);
     view.k[t] = head.k + bytes * offset;
     view.v[t] = head.v + bytes * offset * kv.head_dim;
+    view.memory[t] = (const char*)head.k + 2 * bytes * offset * kv.head_dim;
     if (head.k_scale) {
       view.k_scale[t] = head.k_scale + offset;
       view.v_scale[t] = head.v_scale + offset;
@@ -248,9 +250,12 @@ inline void widen_row(KvKind kind, const void* from, int64_t stride, int n, floa
   widen_row<KvKind::kInt8>(from, stride, n, to);
 }
 
-// The same for any block size and head dimension: copies, in float32, of positions [begin, end) alone.
-inline ChunkView view_of_copies(const AttentionJob& job, int begin, int end) {
+// The same for any block size and head dimension: copies in float32, of the positions alone that rows of the item see.
+inline ChunkView view_of_copies(const AttentionJob& job, int chunk) {
   const KvLayer& kv = *job.args.kv;
+  const int base = chunk * kAttentionChunk, seen_end = job.scratch.last_keys[job.num_rows - 1] + 1;
+  const int begin = base > job.scratch.first_keys[0] ? base : job.scratch.first_keys[0];
+  const int end = base + kAttentionChunk < seen_end ? base + kAttentionChunk : seen_end;
   const int32_t* blocks = job.args.block_tables + job.item.sequence * job.args.block_table_width;
   const int64_t bytes = kv_element_bytes(kv.kind);
   AttentionScratch& scratch = job.scratch;
@@ -279,12 +284,7 @@ inline ChunkView view_of_copies(const AttentionJob& job, int begin, int end) {
   return view;
 }
 
-inline void attend_chunk_of(const AttentionJob& job, int chunk) {
-  const int base = chunk * kAttentionChunk, seen_end = job.scratch.last_keys[job.num_rows - 1] + 1;
-  const int begin = base > job.scratch.first_keys[0] ? base : job.scratch.first_keys[0];
-  const int end = base + kAttentionChunk < seen_end ? base + kAttentionChunk : seen_end;
-  if (!job.is_direct) return attend_chunk<KvKind::kF32>(job, view_of_copies(job, begin, end), chunk);
-  const ChunkView view = view_of_blocks(job, begin, end);
+inline void attend_chunk(const AttentionJob& job, const ChunkView& view, int chunk) {
   switch (job.args.kv->kind) {
     case KvKind::kF32:
       return attend_chunk<KvKind::kF32>(job, view, chunk);
@@ -294,6 +294,33 @@ inline void attend_chunk_of(const AttentionJob& job, int chunk) {
       return attend_chunk<KvKind::kBf16>(job, view, chunk);
     case KvKind::kInt8:
       return attend_chunk<KvKind::kInt8>(job, view, chunk);
+  }
+}
+
+// All chunks of the item; `next` is the item that this thread, or another, will work on soon, or null.
+inline void attend_item(const AttentionJob& job, const AttentionItem* next) {
+  const AttentionItem& item = job.item;
+  const KvLayer& kv = *job.args.kv;
+  const bool is_direct = kv.block_size % kLanes == 0 && job.padded_dim == kv.head_dim;
+  ChunkView view = {};
+  if (is_direct) view = view_of_blocks(job.args, item, item.chunk_begin);
+  for (int chunk = item.chunk_begin; chunk < item.chunk_end; chunk++) {
+    if (!is_direct) {
+      view = view_of_copies(job, chunk);
+      view.next = view.memory;
+      attend_chunk<KvKind::kF32>(job, view, chunk);
+      continue;
+    }
+    ChunkView next_view = view;
+    if (chunk + 1 < item.chunk_end) {
+      next_view = view_of_blocks(job.args, item, chunk + 1);
+    } else if (next) {
+      next_view = view_of_blocks(job.args, *next, next->chunk_begin);
+    }
+    view.next = next_view.memory;
+    view.next_stride = 2 * kLanes * kv_element_bytes(kv.kind);
+    attend_chunk(job, view, chunk);
+    view = next_view;
   }
 }
 
@@ -353,8 +380,6 @@ inline bool merge_split(const AttentionJob& job) {
 inline void attention(const AttentionArgs& args, int begin, int end) {
   const AttentionPlan& plan = *(const AttentionPlan*)args.plan;
   const KvLayer& kv = *args.kv;
-  const int padded_dim = (kv.head_dim + kLanes - 1) / kLanes * kLanes;
-  const bool is_direct = kv.block_size % kLanes == 0 && padded_dim == kv.head_dim;
   for (int i = begin; i < end; i++) {
     const AttentionItem& item = plan.items[i];
     const AttentionJob job = {args,
@@ -363,10 +388,9 @@ inline void attention(const AttentionArgs& args, int begin, int end) {
                               item.row_end - item.row_begin,
                               args.num_heads / kv.num_kv_heads,
                               kv.head_dim,
-                              padded_dim,
-                              is_direct};
+                              (kv.head_dim + kLanes - 1) / kLanes * kLanes};
     start_rows(job);
-    for (int chunk = item.chunk_begin; chunk < item.chunk_end; chunk++) attend_chunk_of(job, chunk);
+    attend_item(job, i + 1 < plan.num_items ? &item + 1 : nullptr);
     if (item.split < 0 || merge_split(job)) finish_rows(job);
   }
 }
