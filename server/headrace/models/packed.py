@@ -265,5 +265,6 @@ def _give_memory_back() -> None:
 def _remove_abandoned(place: Path) -> None:
     """What processes that were killed have left of this file."""
     for part in place.parent.glob("*.part"):
-        if part.name.startswith(f"{place.name}.") and time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
-            part.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            if part.name.startswith(f"{place.name}.") and time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
+                part.unlink()

@@ -40,8 +40,6 @@ def choose(wanted: str = "auto") -> Choice:
             return Choice("torch", "asked for", False)
         raise ModelError(f"the torch back end needs torch: {_INSTALL_TORCH}")
     try:
-        if util.find_spec("headrace.kernels.native.executor") is None:
-            raise NativeLibraryError("the native executor is not part of this version")
         return Choice("native", describe(library.info()), False)
     except NativeLibraryError as error:
         if wanted == "native":

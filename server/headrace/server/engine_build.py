@@ -11,8 +11,11 @@ from pathlib import Path
 
 from headrace.engine.config import EngineConfig
 from headrace.engine.engine import Engine
-from headrace.models.load import LoadedModel, load_model
+from headrace.kernels.program import StepProgram
+from headrace.models.errors import ModelError
+from headrace.models.load import ModelInfo, load_model
 from headrace.server import backends, frames
+from headrace.server.cli import hardware
 
 log = logging.getLogger("headrace.engine")
 
@@ -39,23 +42,53 @@ def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Bui
     choice = backends.choose(load.backend)
     log.log(logging.WARNING if choice.is_fallback else logging.INFO, "back end %s: %s", choice.name, choice.why)
     kv_dtype = backends.choose_kv_dtype(choice.name, load.kv_dtype)
-    model = load_model(Path(load.path), on_progress)
-    config = _engine_config(load, model, kv_dtype)
+    build = _build_native if choice.name == "native" else _build_torch
+    return build(load, kv_dtype, on_progress)
+
+
+def _build_native(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Callable[[float], None]) -> Built:
+    from headrace.kernels.native.executor import NativeExecutor
+    from headrace.models.packed import load_packed
+
+    model = load_packed(Path(load.path), on_progress)
+    log.info("weights: %s", model.origin)
+    config = _engine_config(load, model.program, model.info, kv_dtype)
+    try:
+        executor = NativeExecutor(
+            model.program,
+            model.weights,
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            num_threads=load.num_threads or hardware.choose_threads(hardware.detect_machine()).count,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_logit_rows=config.max_logit_rows,
+            kv_dtype=kv_dtype,
+        )
+    except ValueError as error:
+        raise ModelError(f"the native back end cannot run this model ({error}); --backend torch can") from None
+    return Built(Engine(executor, config), executor.name, config.max_sequence_len)
+
+
+def _build_torch(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Callable[[float], None]) -> Built:
     from headrace.kernels.torch_executor import TorchExecutor
 
+    model = load_model(Path(load.path), on_progress)
+    config = _engine_config(load, model.program, model.info, kv_dtype)
     executor = TorchExecutor(
         model.program,
         model.weights,
         num_blocks=config.num_blocks,
-        block_size=load.block_size,
+        block_size=config.block_size,
         num_threads=load.num_threads or None,
     )
     return Built(Engine(executor, config), executor.name, config.max_sequence_len)
 
 
-def _engine_config(load: frames.Load, model: LoadedModel, kv_dtype: backends.KvDtype) -> EngineConfig:
-    context = model.info.context_length
-    block_bytes = backends.kv_block_bytes(model.program, load.block_size, kv_dtype)
+def _engine_config(
+    load: frames.Load, program: StepProgram, info: ModelInfo, kv_dtype: backends.KvDtype
+) -> EngineConfig:
+    context = info.context_length
+    block_bytes = backends.kv_block_bytes(program, load.block_size, kv_dtype)
     return EngineConfig(
         block_size=load.block_size,
         num_blocks=load.num_blocks or max(2, (load.kv_cache_bytes or _DEFAULT_KV_BYTES) // block_bytes),
@@ -67,5 +100,5 @@ def _engine_config(load: frames.Load, model: LoadedModel, kv_dtype: backends.KvD
         # The front end is the one that refuses; the engine must be able to take what the front end admitted.
         max_waiting_seqs=load.max_live_sequences,
         max_waiting_tokens=max(load.max_live_tokens, context),
-        vocab_size=model.info.vocab_size,
+        vocab_size=info.vocab_size,
     )
