@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from headrace.models.load import load_front
@@ -21,64 +22,72 @@ from bench.peers.table import Samples, prompts
 KEY = ("name", "x", "isa", "threads_used")
 _STREAMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
+_FEW = 6  # of them on one core
 _PROMPT, _NEW = 128, 32
-_LONG_NEW = 32
+_SLACK = 32  # tokens that the driver allows for beyond what it times
+_NOISE = 0.03
 _TITLES = {"streams": "decode over streams, prompts of 128", "context": "decode of one stream over context"}
 
 
-def run(gguf: Path, place: Place) -> list[dict[str, Any]]:
-    """All points. A peer that is absent leaves `theirs` empty, with the reason in `absent`."""
+def run(gguf: Path, place: Place, rounds: int) -> list[dict[str, Any]]:
+    """All points, each the median over the rounds. Without llama.cpp `theirs` is empty and `absent` says why."""
     info = load_front(gguf).info
-    samples = Samples()
-    lines = []
+    samples, lines = Samples(), list[dict[str, Any]]()
     for threads in sorted({1, place.threads}):
         here = replace(place, cpus=place.cpus[:threads])
-        streams = _STREAMS if threads == place.threads else _STREAMS[:6]
-        contexts = [c for c in _CONTEXTS if c <= info.context_length] if threads == place.threads else []
+        is_whole = threads == place.threads
+        points = [("streams", count) for count in (_STREAMS if is_whole else _STREAMS[:_FEW])]
+        points += [("context", size) for size in _CONTEXTS if is_whole and size <= info.context_length]
         llama = samples.attempt("llama.cpp Q4_1", lambda p=here: offline.LlamaCpp(gguf, p))  # type: ignore[misc]
-        room = max(streams) * (_PROMPT + 2 * _NEW + 256)
-        ours = offline.headrace(gguf, here, kv_tokens=max(room, info.context_length), max_num_seqs=max(streams))
+        streams = max(x for name, x in points if name == "streams")
+        room = max(streams * (_PROMPT + 2 * _NEW + streams), info.context_length)
+        ours = offline.headrace(gguf, here, kv_tokens=room, max_num_seqs=streams)
         try:
-            for count in streams:
-                asked = prompts(f"curves/{count}/{threads}", count, _PROMPT, info.vocab_size)
-                lines.append(_point("streams", count, asked, _NEW, ours, llama, samples))
-            for context in contexts:
-                length = context - _LONG_NEW - 4 if context == info.context_length else context
-                asked = prompts(f"context/{context}", 1, length, info.vocab_size)
-                lines.append(_point("context", context, asked, _LONG_NEW, ours, llama, samples))
+            for number in range(rounds):
+                for name, x in points:
+                    count, length = (
+                        (x, _PROMPT) if name == "streams" else (1, min(x, info.context_length - 2 * _NEW - _SLACK))
+                    )
+                    asked = prompts(f"{name}/{x}/{threads}/{number}", count, length, info.vocab_size)
+                    _measure(f"{name}/{x}/{threads}", number, asked, {"headrace": ours, "llama.cpp": llama}, samples)
+            lines += [_line(name, x, threads, x if name == "streams" else 1, samples) for name, x in points]
         finally:
             ours.close()
-        for line in lines:
-            line.setdefault("threads_used", threads)
-    for line in lines:
-        line["absent"], line["versions"] = dict(samples.absent), dict(ours.versions)
-    return lines
+    return [{**line, "absent": dict(samples.absent), "versions": dict(ours.versions)} for line in lines]
 
 
-def _point(
-    name: str,
-    x: int,
+def _measure(
+    point: str,
+    number: int,
     asked: Sequence[Sequence[int]],
-    new: int,
-    ours: Contender,
-    llama: Contender | None,
+    contenders: Mapping[str, Contender | None],
     samples: Samples,
-) -> dict[str, Any]:
-    mine = samples.attempt(f"headrace at {x} {name}", lambda: ours.decode(asked, new))
-    theirs = None
-    if llama is not None:
-        theirs = samples.attempt(f"llama.cpp at {x} {name}", lambda: llama.decode(asked, new))
-    line = {
+) -> None:
+    for name, contender in contenders.items():
+        if contender is not None:
+            value = samples.attempt(f"{name} at {point}", lambda c=contender: c.decode(asked, _NEW))  # type: ignore[misc]
+            if value is not None:
+                samples.add(point, number, name, value)
+                print(f"  {point} {name}: {value:.1f} tokens/s", flush=True)
+
+
+def _line(name: str, x: int, threads: int, streams: int, samples: Samples) -> dict[str, Any]:
+    """One point. ratio: the median of the rounds' own."""
+    found = samples.rounds[f"{name}/{x}/{threads}"]
+    ours, theirs = ([sample[who] for sample in found if who in sample] for who in ("headrace", "llama.cpp"))
+    both = [sample["headrace"] / sample["llama.cpp"] for sample in found if len(sample) == 2]
+    rate = median(ours) if ours else None
+    return {
         "name": name,
         "x": x,
-        "ours": mine and round(mine, 2),
-        "theirs": theirs and round(theirs, 2),
-        "ratio": round(mine / theirs, 3) if mine and theirs else None,
-        "step_ms": round(1000 * len(asked) / mine, 2) if mine else None,
+        "threads_used": threads,
+        "ours": rate and round(rate, 2),
+        "theirs": round(median(theirs), 2) if theirs else None,
+        "ratio": round(median(both), 3) if both else None,
+        "step_ms": round(1000 * streams / rate, 2) if rate else None,
+        "rounds": len(both),
         "unit": "tok/s",
     }
-    print(f"  {line}", flush=True)
-    return line
 
 
 def sections(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, str]]:
@@ -115,9 +124,11 @@ def cliffs(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         found += [
             f"Cliff at {x} streams on {threads} threads: {rate:g} tokens/s after {before:g}."
             for (_, before), (x, rate) in pairwise(rates)
-            if rate < before
+            if rate < before * (1 - _NOISE)
         ]
-    return found or ["No cliff: each doubling of streams gave at least the throughput before it."]
+    return found or [
+        f"No cliff: each doubling of streams gave at least the throughput before it (within {_NOISE:.0%} of noise)."
+    ]
 
 
 def _text(value: float | None) -> str:

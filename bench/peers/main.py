@@ -41,7 +41,7 @@ def main() -> None:
         begin = time.monotonic()
         print(f"cores {place.cpus}, {place.threads} threads, {isa} instructions", flush=True)
         if options.curves:
-            _save(options, curves.run(gguf, place), "peers_curves", curves.KEY, curves.sections, isa)
+            _save(options, curves.run(gguf, place, options.rounds), "peers_curves", curves.KEY, curves.sections, isa)
         elif options.model_1b:
             _save(options, model_1b.run(place, options.rounds), "peers_1b", ("name", "isa"), model_1b.sections, isa)
         elif options.quality:

@@ -128,9 +128,11 @@ def test_plot_points_right_where_we_are_better() -> None:
 
 
 def test_curves_tell_of_cliffs() -> None:
-    points = [{"x": x, "ours": rate, "threads_used": 2} for x, rate in ((1, 10), (2, 20), (4, 19), (8, None))]
+    points = [
+        {"x": x, "ours": rate, "threads_used": 2} for x, rate in ((1, 10), (2, 20), (4, 19), (8, 18.9), (16, None))
+    ]
     assert curves.cliffs(points) == ["Cliff at 4 streams on 2 threads: 19 tokens/s after 20."]
-    assert curves.cliffs(points[:2]) == ["No cliff: each doubling of streams gave at least the throughput before it."]
+    assert curves.cliffs(points[:2])[0].startswith("No cliff")
     ElementTree.fromstring(plots.curve({"ours": [(1, 10), (256, 900)], "theirs": []}, "t", "x", "y"))
     ElementTree.fromstring(plots.curve({"ours": []}, "t", "x", "y"))
 
