@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from headrace.kernels.native.executor import PackedWeights
+from headrace.kernels.batch import RowSampling, StepBatch
+from headrace.kernels.native.executor import NativeExecutor, PackedWeights
 from headrace.kernels.native.packed import open_packed
 from headrace.models import packed
 from headrace.models.errors import ModelFileError
 from headrace.models.gguf import GGUFFile
+from headrace.models.load import load_model
 from headrace.models.packed import PackedModel, load_packed, pack_path
 from headrace.models.safetensors_dir import SafetensorsDir
 
@@ -101,17 +103,39 @@ def test_progress_rises_to_one(setting: str, model: Path, monkeypatch: pytest.Mo
     assert shares[-1] == 1.0
 
 
-def changed(model: Path) -> bytes:
-    """Change a weight, and nothing that a reader of sizes would see."""
+def test_the_executor_computes_the_same_from_mapped_weights(model: Path) -> None:
+    load_packed(model)
+    mapped, loaded = load_packed(model), load_model(model)
+    tokens = np.arange(5, dtype=np.int32) + 3
+    batch = StepBatch(
+        token_ids=tokens,
+        positions=np.arange(5, dtype=np.int32),
+        slot_mapping=np.arange(16, 21, dtype=np.int32),
+        cu_seqlens_q=np.array([0, 5], np.int32),
+        seq_lens=np.array([5], np.int32),
+        block_tables=np.array([[1]], np.int32),
+        logit_rows=np.array([0, 4], np.int32),
+        sampling=(RowSampling(), RowSampling()),
+    )
+    logits = []
+    for weights in (mapped.weights, loaded.weights):
+        executor = NativeExecutor(mapped.program, weights, num_blocks=2, block_size=16, num_threads=1)
+        logits.append(executor.forward(batch))
+        executor.close()
+    assert np.isfinite(logits[0]).all()
+    assert (logits[0] == logits[1]).all()
+
+
+def change_a_weight(model: Path) -> None:
+    """And nothing that a reader of sizes would see."""
     data = bytearray(model.read_bytes())
     data[-40] ^= 0x11
     model.write_bytes(data)
-    return bytes(data)
 
 
 def test_other_weights_of_the_same_size_are_packed_again(model: Path) -> None:
     before = contents(load_packed(model).weights)
-    changed(model)
+    change_a_weight(model)
     os.utime(model, ns=(1, 1))
     after = load_packed(model)
     assert after.origin.startswith("packed into")
@@ -207,7 +231,7 @@ def test_a_model_that_changes_while_it_is_read_leaves_nothing(model: Path) -> No
 
 
 def test_what_killed_processes_left_is_removed_in_time(model: Path) -> None:
-    old, young = (pack_path(model).with_name(f"{pack_path(model).name}.{pid}.part") for pid in (1, 2))
+    old, young = (pack_path(model).with_name(f"{pack_path(model).name}.{pid}.part") for pid in ("a1", "b2"))
     for part in (old, young):
         part.write_bytes(bytes(100))
     os.utime(old, (0, 0))

@@ -106,12 +106,12 @@ class PackWriter:
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
         self._path = path
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+        # Not the process id: two containers that share a volume have the same.
+        self._temporary = path.with_name(f"{path.name}.{os.urandom(6).hex()}.part")
         entries = sum(_ENTRY_BYTES + 14 * len(name) for name in names)  # a name is at most escaped, and there twice
         self._data_start = _round_up(_PREAMBLE.size + 64 * 1024 + entries, _PAGE)
         self._matrices: list[dict[str, Any]] = []
         self._vectors: list[dict[str, Any]] = []
-        self._temporary.unlink(missing_ok=True)  # of a process that had our id
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._file = os.fdopen(os.open(self._temporary, flags, 0o644), "r+b")
         self._end = self._file.seek(self._data_start)
