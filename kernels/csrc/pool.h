@@ -1,5 +1,5 @@
 // The executor's threads: persistent, spinning a little and then asleep. Made once by the executor, used for every
-// step: all threads walk the step's op list together and meet at a barrier after each op.
+// step.
 //
 // How long they spin, and why they are not pinned: docs/decisions/0006-waiting-policy.md.
 #pragma once
@@ -31,6 +31,11 @@ class Pool {
   // Every thread calls work(context, thread) once; returns when all have returned. One run at a time, none from within
   // work. In a forked child, which has no workers, the caller is alone: work is called for thread 0 only.
   void run(void (*work)(void* context, int thread), void* context);
+
+  // The two halves of a run, for a caller that does not work as thread 0 itself: `begin` returns at once, `end` when
+  // all workers have returned. In a forked child both do nothing.
+  void begin(void (*work)(void* context, int thread), void* context);
+  void end();
 
   // Inside run, called by every thread the same number of times: returns when all threads have called it, and what
   // they wrote before is visible to all.

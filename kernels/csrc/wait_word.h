@@ -12,14 +12,21 @@ namespace headrace {
 
 class WaitWord {
  public:
+  static constexpr uint32_t kStep = 2;
+
+  explicit WaitWord(uint32_t first = 0) : word_(first) {}
+
   // Whoever reads the new number sees what was written before it was changed: acquire here, release in `advance`.
   uint32_t load() const { return word_.load(std::memory_order_acquire) & ~kSleeps; }
 
-  // Change the number and wake who sleeps. One thread at a time. acq_rel: the release publishes; the exchange must also
-  // not be reordered with what follows.
+  // Change the number and wake who sleeps; several threads may at the same time. acq_rel: the release publishes; the
+  // addition must also not be reordered with what follows. Whoever sets the bit for the new number while it is cleared
+  // here is woken too, or not put to sleep by the kernel, which finds another word; it looks and sleeps again.
   void advance() {
-    const uint32_t next = load() + kStep;
-    if (word_.exchange(next, std::memory_order_acq_rel) & kSleeps) wake();
+    if (word_.fetch_add(kStep, std::memory_order_acq_rel) & kSleeps) {
+      word_.fetch_and(~kSleeps, std::memory_order_relaxed);
+      wake();
+    }
   }
 
   // Returns when the number is no longer `seen`. Spins for at least spin_ns; then sleeps.
@@ -28,7 +35,7 @@ class WaitWord {
   }
 
  private:
-  static constexpr uint32_t kSleeps = 1, kStep = 2;
+  static constexpr uint32_t kSleeps = 1;
 
   bool spin(uint32_t seen, int64_t spin_ns, bool yields) const;
   void sleep(uint32_t seen);
