@@ -1,6 +1,9 @@
-// The step: all threads walk the op list together. An op is cut into units, threads take ranges of them from a counter,
-// and meet at a barrier before the next op. What a unit computes depends on nothing but the unit, so neither the number
-// of threads nor who was quicker can be seen in the result.
+// The step: a list of stages, each cut into units that the threads share out (units.h). What a unit computes depends on
+// nothing but the unit, so neither the number of threads nor who was quicker can be seen in the result.
+//
+// The caller opens the first stage and works; helpers join in as they wake up. Whoever finishes a stage opens the next,
+// and does stages that are not worth sharing (a norm of one row) itself: a decode step of one row hands over 5 times a
+// layer instead of 8.
 #include "executor.h"
 
 #include <chrono>
@@ -8,6 +11,10 @@
 
 namespace headrace {
 namespace {
+
+// Then a thread that finds no units sleeps: long enough for most stages, short enough to leave the core to a thread
+// that holds units and was pushed off its own.
+constexpr int64_t kSpin = 50'000;  // ns
 
 int64_t now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
@@ -44,17 +51,29 @@ void copy_rows(const ElementwiseArgs& args, const int32_t* row_index, int begin,
 Executor::Executor(Program& program, const KernelTable& kernels, bool is_profiled, bool has_fault)
     : program_(program),
       kernels_(kernels),
-      pool_(program.num_threads),
-      counters_(program.ops.size() + program.ropes.size() + 1),
       is_profiled_(is_profiled),
       has_fault_(has_fault),
+      num_ropes_((int)program.ropes.size()),
+      num_stages_((int)(program.ropes.size() + program.ops.size()) + 1),
       sample_(),
-      nanoseconds_(program.ops.size() + 2, 0) {}
+      nanoseconds_(program.ops.size() + 2, 0),
+      pool_(program.num_threads) {
+  pool_.begin(help, this);
+}
+
+Executor::~Executor() {
+  is_stopping_.store(true, std::memory_order_release);
+  changes_.advance();
+  pool_.end();
+}
 
 void Executor::run(const HrStepBatch& batch) {
   if (is_profiled_) last_time_ = now();
   begin_step(batch);
-  pool_.run(work_on, this);
+  is_over_.store(false, std::memory_order_relaxed);
+  stage_ = -1;
+  open_next(0);
+  work(0);
 }
 
 // Row counts and pointers of this step, in every op.
@@ -83,120 +102,125 @@ void Executor::begin_step(const HrStepBatch& batch) {
   }
   sample_ = {program_.logits.data, program_.logits.stride, program_.vocab_size, batch.samplings,    batch.sampling_ids,
              batch.bias_values,    batch.results,          batch.top_ids,       batch.top_logprobs, nullptr};
-  for (Counter& counter : counters_) counter.taken.store(0, std::memory_order_relaxed);
 }
 
+// Until the step is over, for the caller; until the executor is destroyed, for its helpers.
 void Executor::work(int thread) {
-  if (thread == 0) note_time((int)program_.ops.size());
-  run_rope_tables();  // read behind the barrier of the first op, which embeds
-  for (size_t i = 0; i < program_.ops.size(); i++) {
-    const Op& op = program_.ops[i];
-    const int units = units_of(op);
-    if (units == 0) continue;
-    run_op(op, units, thread, counters_[i]);
-    pool_.barrier(thread);
-    if (thread == 0) note_time((int)i);
+  Range range;
+  for (;;) {
+    const uint32_t seen = changes_.load();
+    if (thread == 0 ? is_over_.load(std::memory_order_acquire) : is_stopping_.load(std::memory_order_acquire)) return;
+    if (units_.take(2 * program_.num_threads, range)) {
+      run_stage(stage_, range, thread);
+      if (units_.finish(range)) open_next(thread);
+    } else {
+      changes_.wait(seen, kSpin, false);
+    }
   }
-  if (!sample_.rows || num_logits_ == 0) return;
-  run_sampling(thread);
-  if (!is_profiled_) return;
-  pool_.barrier(thread);
-  if (thread == 0) note_time((int)program_.ops.size() + 1);
 }
 
-void Executor::run_rope_tables() {
-  Range range;
-  for (size_t i = 0; i < program_.ropes.size(); i++)
-    while (take(counters_[program_.ops.size() + i], num_tokens_, 4, range))
-      kernels_.rope_table(program_.ropes[i].args, range.begin, range.end);
+// Called by the one thread that has finished the stage before: the next one that has units, or the end of the step.
+void Executor::open_next(int thread) {
+  for (;;) {
+    note_time(stage_);
+    stage_++;
+    if (stage_ == num_stages_) break;
+    const int units = units_of(stage_);
+    if (units > (is_coarse(stage_) ? kColumns : 1)) {
+      units_.open(units, is_coarse(stage_));
+      changes_.advance();
+      return;
+    }
+    if (units) run_stage(stage_, {0, units, units}, thread);
+  }
+  is_over_.store(true, std::memory_order_release);
+  changes_.advance();
 }
 
-void Executor::run_sampling(int thread) {
-  SampleArgs args = sample_;
-  args.scratch = program_.sample_scratch[thread];
-  Range range;
-  while (take(counters_.back(), num_logits_, 1, range)) kernels_.sample(args, range.begin, range.end);
-}
-
-int Executor::units_of(const Op& op) const {
+int Executor::units_of(int stage) const {
+  if (stage < num_ropes_) return num_tokens_;
+  if (stage == num_stages_ - 1) return sample_.rows ? num_logits_ : 0;
+  const Op& op = program_.ops[(size_t)(stage - num_ropes_)];
   const int rows = op.is_logits ? num_logits_ : num_tokens_;
   if (op.kind == HR_LINEAR) return rows ? op.units : 0;
-  if (op.kind == HR_ATTENTION) return program_.plans[op.plan]->plan.num_items;
+  if (op.kind == HR_ATTENTION) return program_.plans[(size_t)op.plan]->plan.num_items;
   return rows;
 }
 
-void Executor::run_op(const Op& op, int units, int thread, Counter& counter) {
-  Range r;
-  // Four rows of quantised activations share cache lines.
-  const int grain = op.kind == HR_NORM || op.kind == HR_QUANTIZE ? kColumns : 1;
-  if (op.kind == HR_ATTENTION) {
-    AttentionArgs args = op.attention;
-    args.scratch = program_.attention_scratch[thread];
-    while (take(counter, units, grain, r)) kernels_.attention(args, r.begin, r.end);
-    return;
-  }
-  while (take(counter, units, grain, r)) {
-    switch (op.kind) {
-      case HR_EMBED:
-        kernels_.embed(op.embed, r.begin, r.end);
-        break;
-      case HR_QUANTIZE:
-        kernels_.quantize(op.quantize, r.begin, r.end);
-        break;
-      case HR_LINEAR:
-        if (has_fault_ && is_splittable(op.linear))
-          run_split(kernels_, op.linear, r.begin, r.end);
-        else
-          kernels_.linear(op.linear, r.begin, r.end);
-        break;
-      case HR_NORM:
-        kernels_.rms_norm(op.norm, r.begin, r.end);
-        break;
-      case HR_ROPE_KV:
-        kernels_.rope_kv(op.rope_kv, r.begin, r.end);
-        break;
-      case HR_ADD:
-        kernels_.add(op.elementwise, r.begin, r.end);
-        break;
-      case HR_SILU_GATE:
-        kernels_.silu_gate(op.elementwise, r.begin, r.end);
-        break;
-      case HR_GELU_GATE:
-        kernels_.gelu_gate(op.elementwise, r.begin, r.end);
-        break;
-      case HR_SELECT:
-        copy_rows(op.elementwise, program_.row_index, r.begin, r.end);
-        break;
-      case HR_SOFT_CAP:
-        kernels_.soft_cap(op.elementwise, r.begin, r.end);
-        break;
-      default:
-        break;
-    }
+// Stages whose units are rows and cheap: four rows of quantised activations share cache lines.
+bool Executor::is_coarse(int stage) const {
+  if (stage < num_ropes_) return true;
+  if (stage == num_stages_ - 1) return false;
+  const HrOpKind kind = program_.ops[(size_t)(stage - num_ropes_)].kind;
+  return kind != HR_LINEAR && kind != HR_ATTENTION && kind != HR_ROPE_KV;
+}
+
+void Executor::run_stage(int stage, const Range& range, int thread) {
+  if (stage < num_ropes_) {
+    kernels_.rope_table(program_.ropes[(size_t)stage].args, range.begin, range.end);
+  } else if (stage == num_stages_ - 1) {
+    SampleArgs args = sample_;
+    args.scratch = program_.sample_scratch[(size_t)thread];
+    kernels_.sample(args, range.begin, range.end);
+  } else {
+    run_op(program_.ops[(size_t)(stage - num_ropes_)], range, thread);
   }
 }
 
-// The next units, a multiple of `grain`: a share of what is left, so that ranges are long at first, for streaming, and
-// short at the end, for balance beside a busy core.
-bool Executor::take(Counter& counter, int units, int grain, Range& range) const {
-  const int shares = 2 * pool_.num_threads();
-  int begin = counter.taken.load(std::memory_order_relaxed);
-  for (;;) {
-    if (begin >= units) return false;
-    int size = (units - begin) / shares / grain * grain;
-    if (size < grain) size = grain;
-    const int end = units - begin <= size ? units : begin + size;
-    if (counter.taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
-      range = {begin, end};
-      return true;
+void Executor::run_op(const Op& op, const Range& r, int thread) {
+  switch (op.kind) {
+    case HR_EMBED:
+      kernels_.embed(op.embed, r.begin, r.end);
+      break;
+    case HR_QUANTIZE:
+      kernels_.quantize(op.quantize, r.begin, r.end);
+      break;
+    case HR_LINEAR:
+      if (has_fault_ && is_splittable(op.linear))
+        run_split(kernels_, op.linear, r.begin, r.end);
+      else
+        kernels_.linear(op.linear, r.begin, r.end);
+      break;
+    case HR_NORM:
+      kernels_.rms_norm(op.norm, r.begin, r.end);
+      break;
+    case HR_ROPE_KV:
+      kernels_.rope_kv(op.rope_kv, r.begin, r.end);
+      break;
+    case HR_ATTENTION: {
+      AttentionArgs args = op.attention;
+      args.scratch = program_.attention_scratch[(size_t)thread];
+      kernels_.attention(args, r.begin, r.end);
+      break;
     }
+    case HR_ADD:
+      kernels_.add(op.elementwise, r.begin, r.end);
+      break;
+    case HR_SILU_GATE:
+      kernels_.silu_gate(op.elementwise, r.begin, r.end);
+      break;
+    case HR_GELU_GATE:
+      kernels_.gelu_gate(op.elementwise, r.begin, r.end);
+      break;
+    case HR_SELECT:
+      copy_rows(op.elementwise, program_.row_index, r.begin, r.end);
+      break;
+    case HR_SOFT_CAP:
+      kernels_.soft_cap(op.elementwise, r.begin, r.end);
+      break;
+    case HR_NUM_OP_KINDS:
+      break;
   }
 }
 
-void Executor::note_time(int slot) {
+// What has passed since the last note belongs to `stage`; before the first stage, and to rope tables, as "what
+// precedes".
+void Executor::note_time(int stage) {
   if (!is_profiled_) return;
   const int64_t time = now();
-  nanoseconds_[slot] += time - last_time_;
+  const int num_ops = (int)program_.ops.size();
+  const int slot = stage < num_ropes_ ? num_ops : stage == num_stages_ - 1 ? num_ops + 1 : stage - num_ropes_;
+  nanoseconds_[(size_t)slot] += time - last_time_;
   last_time_ = time;
 }
 

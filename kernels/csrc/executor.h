@@ -6,6 +6,8 @@
 
 #include "pool.h"
 #include "program.h"
+#include "units.h"
+#include "wait_word.h"
 
 namespace headrace {
 
@@ -13,6 +15,9 @@ class Executor {
  public:
   // `program` is complete and stays where it is.
   Executor(Program& program, const KernelTable& kernels, bool is_profiled, bool has_fault);
+  ~Executor();
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
 
   // One step of a batch that check_batch has passed. Allocates nothing.
   void run(const HrStepBatch& batch);
@@ -20,33 +25,34 @@ class Executor {
   const std::vector<int64_t>& nanoseconds() const { return nanoseconds_; }
 
  private:
-  // Units of an op that nobody has taken yet; on a cache line of its own.
-  struct alignas(kAlign) Counter {
-    std::atomic<int32_t> taken;
-  };
-  struct Range {
-    int begin, end;
-  };
+  using Range = Units::Range;
 
-  static void work_on(void* self, int thread) { static_cast<Executor*>(self)->work(thread); }
+  static void help(void* self, int thread) { static_cast<Executor*>(self)->work(thread); }
   void begin_step(const HrStepBatch& batch);
   void work(int thread);
-  void run_rope_tables();
-  void run_op(const Op& op, int units, int thread, Counter& counter);
-  void run_sampling(int thread);
-  int units_of(const Op& op) const;
-  bool take(Counter& counter, int units, int grain, Range& range) const;
-  void note_time(int slot);
+  void open_next(int thread);
+  void run_stage(int stage, const Range& range, int thread);
+  void run_op(const Op& op, const Range& range, int thread);
+  int units_of(int stage) const;
+  bool is_coarse(int stage) const;
+  void note_time(int stage);
 
   Program& program_;
   const KernelTable& kernels_;
-  Pool pool_;
-  std::vector<Counter> counters_;  // by op, then by rope table, then of sampling
   const bool is_profiled_, has_fault_;
+  // A step is a list of stages: the rope tables, the ops, sampling.
+  const int num_ropes_, num_stages_;
   SampleArgs sample_;
   int32_t num_tokens_ = 0, num_logits_ = 0;
   std::vector<int64_t> nanoseconds_;  // by op, then of what precedes the first, then of sampling
   int64_t last_time_ = 0;
+
+  int stage_ = 0;  // that is open; read by those who hold units of it
+  Units units_;
+  alignas(kAlign) WaitWord changes_;                 // counts stages that opened, steps that ended, and the end
+  alignas(kAlign) std::atomic<bool> is_over_{true};  // the step
+  std::atomic<bool> is_stopping_{false};
+  Pool pool_;  // last: its threads use all of the above
 };
 
 }  // namespace headrace

@@ -8,13 +8,14 @@
 #include "error.h"
 #include "kv.h"
 #include "program_ops.h"
+#include "units.h"
 
 namespace headrace {
 namespace {
 
 constexpr int64_t kMostBytes = (int64_t)1 << 46;  // beyond what any machine maps; sums of sizes stay far from overflow
-constexpr int32_t kMostRows = 1 << 20;
-constexpr int32_t kMostWidth = 1 << 24;
+constexpr int32_t kMostRows = Units::kMost;
+constexpr int32_t kMostWidth = 1 << 25;  // in panels no more than Units::kMost
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -188,6 +189,9 @@ int add_layers(const HrExecutorConfig& c, Program& program) {
     program.layers.push_back({nullptr, block, head, kind, shape.num_kv_heads, shape.head_dim, c.block_size});
     total += product(block, c.num_blocks);
     if (total >= kMostBytes) return fail("%d KV blocks are too many", c.num_blocks);
+    // Twice: an attention's items, some of which are split.
+    if (2 * product(c.max_tokens, shape.num_kv_heads) > Units::kMost)
+      return fail("%d tokens with %d KV heads are too many for a step", c.max_tokens, shape.num_kv_heads);
   }
   if (total && !program.kv.map((size_t)total)) return fail("no memory for %ld bytes of KV blocks", (long)total);
   uint8_t* data = program.kv.data();
