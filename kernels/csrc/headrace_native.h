@@ -285,3 +285,29 @@ typedef struct HrAttention {  // csrc/kernel_table.h, AttentionArgs
 } HrAttention;
 // The number of items that the op was cut into, or negative. nanoseconds: [repeats] or null.
 HR_API int hr_attention_test(const char* isa, const HrAttention* op, int64_t* nanoseconds);
+
+// ---- The pool of threads alone, for tests and bench/ops/pool.py; the executor makes its own ----
+
+typedef struct HrPool HrPool;
+
+// csrc/pool.h, PoolOptions; a time below 0: the default. Null where it cannot be made; hr_last_error says why.
+HR_API HrPool* hr_pool_create(int32_t num_threads, int64_t barrier_spin_ns, int64_t idle_spin_ns, int32_t is_pinned,
+                              int32_t yields);
+HR_API void hr_pool_destroy(HrPool* pool);
+HR_API int hr_pool_is_pinned(const HrPool* pool);
+// `runs` runs in which each thread counts and passes two barriers, `barriers` times. counts: [num_threads], how often
+// each counted. Returns how often a thread saw another that had not counted as far, or negative.
+HR_API int64_t hr_pool_barrier_test(HrPool* pool, int32_t runs, int32_t barriers, int64_t* counts);
+
+// Steps like the executor's: `phases` one after the other, of `units` each, which threads share out.
+typedef struct HrPoolSteps {
+  int64_t unit_work;     // bytes read where it streams, else dependent multiplications
+  int64_t memory_bytes;  // that are read round and round
+  int64_t gap_ns;        // busy, in the calling thread, between two steps
+  int64_t spin_ns;       // before a thread without units sleeps, where they do not meet
+  int32_t steps, phases, units, streams;
+  int32_t meets;         // at a barrier after each phase (with the pool's own options); else as csrc/units.h says
+  int32_t yields;
+} HrPoolSteps;
+// nanoseconds: [steps]. 0, or negative.
+HR_API int hr_pool_steps_test(HrPool* pool, const HrPoolSteps* steps, int64_t* nanoseconds);
