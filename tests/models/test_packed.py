@@ -14,7 +14,7 @@ from headrace.kernels.batch import RowSampling, StepBatch
 from headrace.kernels.native.executor import NativeExecutor, PackedWeights
 from headrace.kernels.native.packed import open_packed
 from headrace.models import packed
-from headrace.models.errors import ModelFileError
+from headrace.models.errors import ModelError, ModelFileError
 from headrace.models.gguf import GGUFFile
 from headrace.models.load import load_model
 from headrace.models.packed import PackedModel, load_packed, pack_path
@@ -101,6 +101,19 @@ def test_progress_rises_to_one(setting: str, model: Path, monkeypatch: pytest.Mo
     shares.clear()
     load_packed(model, shares.append)
     assert shares[-1] == 1.0
+
+
+def test_a_copy_in_huge_pages_is_the_same(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = contents(load_packed(model).weights)
+    monkeypatch.setenv(packed.CACHE_VARIABLE, "copy")
+    copied = load_packed(model)
+    assert copied.origin == f"copied from {pack_path(model)}"
+    assert contents(copied.weights) == want
+    assert all(matrix.data.ctypes.data % 64 == 0 for matrix in copied.weights.matrices.values())
+    assert str(pack_path(model)) not in Path("/proc/self/maps").read_text()
+    monkeypatch.setenv(packed.CACHE_VARIABLE, "maybe")
+    with pytest.raises(ModelError, match="HEADRACE_PACK_CACHE is maybe; it can be on, off or copy"):
+        load_packed(model)
 
 
 def test_the_executor_computes_the_same_from_mapped_weights(model: Path) -> None:
