@@ -25,7 +25,7 @@ async def _counting(tiny_llama_gguf: Path) -> AsyncIterator[Bench]:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def tiny(_tiny: Bench) -> AsyncIterator[Bench]:
-    """The tiny Llama on the torch executor. After each test everything must have been given back."""
+    """The tiny Llama on the chosen back end. After each test everything must have been given back."""
     yield _tiny
     await _check_clean(_tiny)
 

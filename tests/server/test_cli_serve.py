@@ -24,11 +24,27 @@ def test_serve_answers_until_it_is_told_to_stop(tiny_llama_gguf: Path) -> None:
         with Client(ready["target"]) as client:
             (completion,) = client.complete("water", max_tokens=4, ignore_eos=True)
             assert len(completion.token_ids) == 4
-            assert client.get_model().backend == "torch-cpu"
+            assert client.get_model().backend.startswith("native-")
         process.send_signal(signal.SIGTERM)
         rest, log = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, log
         assert rest == ""
+        assert "Traceback" not in log
+
+
+def test_the_back_end_and_its_blocks_can_be_chosen(tiny_llama_gguf: Path) -> None:
+    common = ("serve", "--port", "0", "--json", "--model", str(tiny_llama_gguf), "--lame-duck", "0")
+    for backend, kv_dtype in (("torch", "fp32"), ("native", "int8")):
+        with spawned(*common, "--kv-dtype", kv_dtype, HEADRACE_BACKEND=backend) as process:
+            assert process.stdout is not None
+            with Client(json.loads(process.stdout.readline())["target"]) as client:
+                assert client.get_model().backend.startswith(backend)
+                (completion,) = client.complete("water", max_tokens=4, ignore_eos=True)
+                assert len(completion.token_ids) == 4
+    with spawned(*common, "--backend", "torch", "--kv-dtype", "int8") as process:
+        _, log = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 1
+        assert "fp32 only, not in int8" in log
         assert "Traceback" not in log
 
 
@@ -41,7 +57,7 @@ def test_serve_says_what_to_try_next(tiny_llama_gguf: Path) -> None:
             assert lines[-1], lines
         shown = "".join(lines)
         target = lines[0].split()[-1]
-        for hint in (f"headrace chat --target {target}", "grpcurl -plaintext", f'Client("{target}")', "torch-cpu"):
+        for hint in (f"headrace chat --target {target}", "grpcurl -plaintext", f'Client("{target}")', "native-"):
             assert hint in shown
 
 
@@ -91,7 +107,7 @@ def test_demo_runs_from_start_to_stop(tiny_llama_gguf: Path) -> None:
         assert result["finish_reason"] in ("length", "stop")
         assert 1 <= result["generated_tokens"] <= 8
         assert result["ttft_seconds"] > 0
-        assert result["choices"]["back end"] == "torch-cpu"
+        assert result["choices"]["back end"].startswith("native-")
         assert "blocks of 16 tokens" in result["choices"]["KV cache"]
         assert "Traceback" not in log
 
