@@ -49,6 +49,7 @@ int hr_check_samplings(const HrRowSampling* samplings, int32_t num_rows, int32_t
                        int32_t num_token_ids, int32_t num_bias_values, int32_t num_top) {
   if (num_rows < 0 || vocab_size < 1 || num_token_ids < 0 || num_bias_values < 0 || num_top < 0)
     return headrace::fail("a size is out of range");
+  if ((num_rows > 0 && !samplings) || (num_token_ids > 0 && !token_ids)) return headrace::fail("an array is null");
   for (int32_t row = 0; row < num_rows; row++) {
     const int status =
         headrace::check_row(samplings[row], row, vocab_size, token_ids, num_token_ids, num_bias_values, num_top);
@@ -63,6 +64,8 @@ int hr_sample_test(const char* isa, const float* logits, int64_t logits_stride, 
                    double* top_logprobs, int32_t num_top) {
   const headrace::KernelTable* table = headrace::choose_kernels(isa ? isa : std::getenv("HEADRACE_NATIVE_ISA"));
   if (!table) return headrace::fail("the instruction set %s cannot run here", isa ? isa : "that is forced");
+  if (!logits || !results || (num_bias_values > 0 && !bias_values) || (num_top > 0 && (!top_ids || !top_logprobs)))
+    return headrace::fail("an array is null");
   if (logits_stride < vocab_size) return headrace::fail("rows of %d logits overlap", vocab_size);
   if (hr_check_samplings(samplings, num_rows, vocab_size, token_ids, num_token_ids, num_bias_values, num_top))
     return -1;

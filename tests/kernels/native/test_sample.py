@@ -9,7 +9,7 @@ import pytest
 from headrace.kernels import sample as reference
 from headrace.kernels.batch import RowResult, RowSampling
 from headrace.kernels.native.library import info
-from headrace.kernels.native.sampling import sample
+from headrace.kernels.native.sampling import encode, run, sample
 from headrace.kernels.philox import gumbel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -260,3 +260,19 @@ def test_logits_and_rows_must_fit() -> None:
     with pytest.raises(ValueError, match="sse9 cannot run here"):
         sample(np.zeros((1, 10), np.float32), (RowSampling(),), "sse9")
     assert sample(np.empty((0, 10), np.float32), ()) == []
+
+
+def test_the_c_function_refuses_what_python_never_sends() -> None:
+    arrays = encode([RowSampling(num_logprobs=2, banned=(1,))], 10)
+    logits = np.zeros((1, 10), np.float32)
+    run(logits, arrays)
+    empty = np.empty(0, np.int32)
+    for broken in (replace(arrays, token_ids=empty), replace(arrays, top_ids=empty)):
+        with pytest.raises(ValueError, match=r"row 0: the .* are out of range"):
+            run(logits, broken)
+    for field in ("bias_ids", "num_bias", "banned_ids", "num_banned", "prompt_ids", "num_output", "top"):
+        for value in (-1, 2, 2**31 - 1):
+            rows = arrays.rows.copy()
+            rows[field] = value
+            with pytest.raises(ValueError, match=r"row 0: the .* are out of range"):
+                run(logits, replace(arrays, rows=rows))
