@@ -1,7 +1,9 @@
 // The C functions of single ops that are no matrix product (headrace_native.h), for tests and benches. All arguments
 // are checked before memory is touched: callers get a sentence, never a crash.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -147,10 +149,23 @@ class AttentionRun {
     AttentionArgs args = args_;
     args.scratch = scratch_[thread].get();
     for (int repeat = 0; repeat < repeats_; repeat++) {
+      if (thread == 0) forget_partials();
       const int64_t start = meet(2 * repeat + 1);
       for (int i = next_[repeat]++; i < plan_.num_items; i = next_[repeat]++) table_.attention(args, i, i + 1);
       const int64_t end = meet(2 * repeat + 2);
       if (nanoseconds) nanoseconds[repeat] = end - start;
+    }
+  }
+
+  // What an earlier time left must not be what a later one finds.
+  void forget_partials() {
+    for (int i = 0; i < plan_.num_items; i++) {
+      const AttentionItem& item = plan_.items[i];
+      if (item.split < 0) continue;
+      const AttentionSplit& split = plan_.splits[item.split];
+      const int64_t floats = attention_partial_floats(split.chunk_end - split.chunk_begin,
+                                                      item.row_end - item.row_begin, args_.kv->head_dim);
+      std::fill_n(plan_.partials + split.partials, floats, NAN);
     }
   }
 
@@ -268,6 +283,9 @@ int hr_attention_test(const char* isa, const HrAttention* op, int64_t* nanosecon
     plan_attention(args, op->num_threads, plan);
     args.plan = &plan;
     AttentionRun(*table, args, plan, *op).run(nanoseconds);
+    for (int i = 0; i < plan.num_items; i++)
+      if (plan.items[i].split >= 0 && plan.splits[plan.items[i].split].num_done)
+        return fail("item %d's split is not ready for the next layer", i);
     return plan.num_items;
   } catch (const std::exception& error) {
     return fail("attention: %s", error.what());

@@ -92,8 +92,7 @@ inline Softened soften_row(float* scores, KeyRange range, int tile, int tile_end
   const float maximum = max_lane(largest);
   F32x16 total = broadcast(0.0f);
   for (int t = tile; t < tile_end; t++) {
-    F32x16 p = exp_weight(sub(load(scores + t * kLanes), broadcast(maximum)));
-    p = select(lanes_seen(range, t), p, broadcast(0.0f));
+    F32x16 p = exp_weight(sub(load(scores + t * kLanes), broadcast(maximum)));  // 0 for keys that are not seen
     total = add(total, p);
     if (view.v_scale[t]) p = mul(p, load(view.v_scale[t]));
     store(scores + t * kLanes, p);
