@@ -42,7 +42,7 @@ def _bar(line: Mapping[str, Any], y: int) -> list[str]:
         f'<rect {rectangle} fill="{_COLOURS[line["verdict"]]}"/>',
         f'<line x1="{least:.1f}" y1="{y}" x2="{least:.1f}" y2="{y + 20}" stroke="#000000" stroke-width="2"/>',
         f'<circle cx="{aim:.1f}" cy="{y + 10}" r="3.5" fill="none" stroke="#000000"/>',
-        _text(max(start, end, aim, least) + 8, y + 14, f"{line['ratio']:.2f} of {line['peer']}"),
+        _text(max(start, end, aim, least) + 8, y + 14, f"{line['ratio']:.2f}x {line['peer']}"),
     ]
 
 
@@ -79,8 +79,10 @@ def curve(series: Mapping[str, Sequence[tuple[float, float]]], title: str, x_nam
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{left:.1f}" cy="{top:.1f}" r="3" fill="{colour}"/>' for left, top in placed]
         if placed:
-            parts.append(f'<text x="638" y="{placed[-1][1] + 4:.1f}" fill="{colour}">{escape(name)}</text>')
-    return "\n".join([*parts, _text(350, 402, x_name, "middle"), _text(20, 44, y_name), "</svg>", ""])
+            parts.append(
+                f'<text x="638" y="{placed[-1][1] + 4:.1f}" font-size="12" fill="{colour}">{escape(name)}</text>'
+            )
+    return "\n".join([*parts, _text(350, 402, x_name, "middle"), _text(20, 40, y_name), "</svg>", ""])
 
 
 def _page(width: int, height: int, title: str) -> list[str]:

@@ -27,7 +27,7 @@ class Driver:
         scheduler.enable_prefix_caching = False
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(self._path, scheduler, "CPU", self._options)
         self.decode([[1] * 16], 4)
-        return {"versions": {"openvino-genai": openvino_genai.__version__, "openvino": openvino.__version__}}
+        return {"versions": {"openvino-genai": openvino_genai.__version__.split("-")[0]}}
 
     def _add(self, prompt: list[int], new: int) -> Any:
         config = openvino_genai.GenerationConfig()
