@@ -18,7 +18,7 @@ from headrace.server.cli.load import Lengths, Workload
 from bench.peers import install, offline, probe, rows, servers
 from bench.peers.install import AbsentError
 from bench.peers.offline import Contender, Place
-from bench.peers.process import PeerError
+from bench.peers.process import PeerError, without_paths
 
 DECODE_PROMPT, DECODE_NEW = 128, 128  # context to 256
 SERVE_PROMPT, SERVE_NEW, SERVE_STREAMS, SERVE_REQUESTS = 128, 64, 16, 48
@@ -48,7 +48,7 @@ class Samples:
         except (AbsentError, PeerError) as error:
             if who not in self.absent:
                 print(f"ABSENT {who}: {error}", flush=True)
-            self.absent[who] = str(error)
+            self.absent[who] = without_paths(str(error))
             return None
 
 
