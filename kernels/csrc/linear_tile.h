@@ -153,7 +153,7 @@ inline int next_tile(int rows) {
 }
 
 constexpr int kChunkBlocks = 24;          // blocks unpacked at once: 12 KiB of integers, 3 KiB of scales in L1
-constexpr int64_t kAheadOfOneRow = 2048;  // bytes that a single row's product prefetches ahead
+constexpr int64_t kAheadOfOneRow = 4096;  // bytes that a single row's product prefetches ahead
 
 // A run of blocks of a panel with nibbles as bytes and scales as float32. Exact.
 struct UnpackedChunk {
