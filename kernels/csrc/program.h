@@ -11,18 +11,20 @@
 
 namespace headrace {
 
-// Anonymous memory: zero, and free of cost where it is never touched.
+// Anonymous memory: zero, on a page's boundary, and free of cost where it is never touched.
 class Memory {
  public:
   Memory() = default;
   ~Memory();
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
-  bool map(size_t bytes);  // once
+  bool map(size_t bytes);       // once
+  bool map_huge(size_t bytes);  // the same in huge pages where the system has them: touched 2 MiB at a time
   uint8_t* data() const { return data_; }
 
  private:
   uint8_t* data_ = nullptr;
+  void* mapped_ = nullptr;
   size_t bytes_ = 0;
 };
 
@@ -84,7 +86,7 @@ struct Program {
   std::vector<std::unique_ptr<Plan>> plans;
   std::vector<Op> ops;
   Floats logits;
-  Memory arena, kv, vector_memory;
+  Memory weights, vector_memory, arena, kv;
   int32_t* row_index;                                       // [max_logit_rows], of the step
   std::vector<uint8_t*> attention_scratch, sample_scratch;  // by thread
 };

@@ -128,7 +128,6 @@ class NativeExecutor:
             raise ValueError(library.last_error())
         self._handle = ctypes.c_void_p(handle)
         self._close = weakref.finalize(self, self._library.hr_executor_destroy, self._handle)
-        self._packed = packed  # C++ reads the matrices where they lie
         self._kinds = encoded.kinds
         self._name = f"native-{self._library.hr_executor_isa(self._handle).decode()}"
         self._batch = _StepStruct()
