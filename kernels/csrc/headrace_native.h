@@ -59,7 +59,7 @@ HR_API int hr_sample_test(const char* isa, const float* logits, int64_t logits_s
 
 // ---- The executor: a fused program handed over once, then one call per step (headrace.kernels.native.encode) ----
 
-// csrc/layout.h, PackedMatrix. `data` is used where it lies and must stay; 64-byte aligned.
+// csrc/layout.h, PackedMatrix. `data` is 64-byte aligned; an executor copies it.
 typedef struct HrMatrix {
   const void* data;
   int64_t data_bytes, panel_bytes;
