@@ -175,7 +175,8 @@ class AttentionRun {
       met_at_ = std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
       num_met_ = times;
     }
-    while (num_met_ < times) std::this_thread::yield();
+    for (int tries = 0; num_met_ < times; tries++)
+      if (tries > 2000) std::this_thread::yield();
     return met_at_;
   }
 
