@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -92,6 +93,19 @@ def test_a_catalogue_model_is_fetched_once_and_verified_each_time(cache: Path, t
     again: list[Progress] = []
     assert resolve("tiny", again.append, catalogue=catalogue()) == path
     assert {progress.stage for progress in again} == {"verify"}
+
+
+def test_a_file_that_was_found_right_is_read_again_only_when_it_has_changed(tmp_path: Path) -> None:
+    write_wheel(tmp_path / "wheels")
+    path = resolve("tiny", catalogue=catalogue())
+    resolve("tiny", catalogue=catalogue())  # finds it right
+    third: list[Progress] = []
+    assert resolve("tiny", third.append, catalogue=catalogue()) == path
+    assert third == []
+    time.sleep(0.02)  # file systems count time in ticks of some milliseconds
+    with open(path, "r+b") as stream:
+        stream.write(b"\xff")
+    assert resolve("tiny", catalogue=catalogue()).read_bytes() == GGUF
 
 
 def test_a_cached_file_that_was_damaged_is_fetched_again(tmp_path: Path) -> None:

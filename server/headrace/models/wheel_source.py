@@ -6,6 +6,7 @@ under its final name only when its checksum is right, by rename; two processes t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -49,14 +50,28 @@ def fetch(entry: CatalogueEntry, on_progress: OnProgress) -> Path:
 
 
 def is_intact(entry: CatalogueEntry, on_progress: OnProgress) -> bool:
-    """Whether the cached file is there and has the right size and checksum."""
+    """Whether the cached file is there and has the right size and checksum.
+
+    Hashing 98 MB takes 0.12 s, a third of a warm start: a file that was found right is not read again as long as its
+    size, its time of change and its inode stay what they were.
+    """
     try:
         with open(entry.path, "rb") as stream:
-            if os.fstat(stream.fileno()).st_size != entry.file_bytes:
+            status = os.fstat(stream.fileno())
+            if status.st_size != entry.file_bytes:
                 return False
-            return _copy(stream, None, entry.file_bytes, "verify", on_progress) == entry.sha256
+            verdict = f"{entry.sha256} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
+            remembered = entry.path.with_name(f".{entry.file_name}.verified")
+            with contextlib.suppress(OSError):
+                if remembered.read_text(errors="replace") == verdict:
+                    return True
+            if _copy(stream, None, entry.file_bytes, "verify", on_progress) != entry.sha256:
+                return False
     except OSError:
         return False
+    with contextlib.suppress(OSError):  # the cache may be read-only
+        remembered.write_text(verdict)
+    return True
 
 
 def _fetch_locked(entry: CatalogueEntry, on_progress: OnProgress) -> None:

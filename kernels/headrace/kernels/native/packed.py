@@ -103,8 +103,8 @@ def change_origin(path: Path, origin: Origin) -> None:
 def in_huge_pages(weights: MappedWeights) -> MappedWeights:
     """The same, the matrices copied into memory of huge pages where the system has them.
 
-    Walking 4 KB pages costs a decode step of one row 3 to 4 %: 96 MB of weights on Zen 5, one thread, 3.20 ms mapped
-    and 3.07 ms so (first quartile of 140 steps, mean of 6 alternating rounds). The price: about 10 ms more at a warm
+    Walking 4 KB pages costs a decode step of one row about 4 %: 96 MB of weights on Zen 5, one thread, 3.2 ms mapped and
+    3.07 ms so (first quartile of 140 steps, the last four of 6 alternating rounds). The price: up to 10 ms more at a warm
     start, file and copy in memory at once meanwhile, and weights that replicas do not share and the system cannot drop.
     """
     size = sum(_round_up(matrix.data.nbytes, _ALIGNMENT) for matrix in weights.matrices.values())
