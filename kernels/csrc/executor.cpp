@@ -152,7 +152,7 @@ bool Executor::is_coarse(int stage) const {
   if (stage < num_ropes_) return true;
   if (stage == num_stages_ - 1) return false;
   const HrOpKind kind = program_.ops[(size_t)(stage - num_ropes_)].kind;
-  return kind != HR_LINEAR && kind != HR_ATTENTION && kind != HR_ROPE_KV;
+  return kind != HR_LINEAR && kind != HR_ATTENTION && kind != HR_ROPE_KV && kind != HR_SOFT_CAP;
 }
 
 void Executor::run_stage(int stage, const Range& range, int thread) {
