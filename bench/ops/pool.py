@@ -142,13 +142,14 @@ def main() -> None:
             for policy in policies:
                 rounds[work, beside, policy].append(measure(policy, work, options.threads, options.seconds, hogs))
     for (work, beside, policy), measured in rounds.items():
-        kept = [steps for foreign, steps in measured if foreign <= options.most_foreign]
-        steps = kept or [min(measured)[1]]
+        kept = [each for each in measured if each[0] <= options.most_foreign]
+        used = kept or [min(measured)]
+        steps = [milliseconds for _, milliseconds in used]
         line: dict[str, object] = {"op": "pool", "work": work, "beside": beside, **asdict(policy)}
         line["mean_ms"] = round(statistics.median(statistics.mean(ms) for ms in steps), 2)
         line["median_ms"] = round(statistics.median(statistics.median(ms) for ms in steps), 2)
         line["p99_ms"] = round(statistics.median(sorted(ms)[int(len(ms) * 0.99)] for ms in steps), 2)
-        line |= {"rounds": len(kept), "foreign": round(statistics.median(foreign for foreign, _ in measured), 2)}
+        line |= {"rounds": len(kept), "foreign": round(statistics.median(foreign for foreign, _ in used), 2)}
         print(json.dumps(line), flush=True)
     for is_pinned in (False, True):
         print(json.dumps({"op": "barrier", "is_pinned": is_pinned, "ns": barrier_ns(options.threads, is_pinned)}))
