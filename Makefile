@@ -55,10 +55,10 @@ native-sanitize: $(DEV) ## run the op tests under the address, undefined and thr
 	$(BUILD) --sanitize address,undefined
 	$(BUILD) --sanitize thread
 	preload=; for name in libasan.so libubsan.so libstdc++.so; do preload="$$preload $$($(CXX) -print-file-name=$$name)"; done; \
-	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	HEADRACE_NATIVE_LIBRARY=$(BUILT)/_native-address-undefined.so $(BIN)/python -m pytest -q tests/kernels/native $(ARGS)
 	preload=; for name in libtsan.so libstdc++.so; do preload="$$preload $$($(CXX) -print-file-name=$$name)"; done; \
-	LD_PRELOAD="$$preload" TSAN_OPTIONS=halt_on_error=1 \
+	LD_PRELOAD="$$preload" TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
 	HEADRACE_NATIVE_LIBRARY=$(BUILT)/_native-thread.so $(BIN)/python -m pytest -q tests/kernels/native $(ARGS)
 
 native-neon: | $(BIN)/python ## cross-compile for Arm; compare its kernels with plain C++ under qemu
