@@ -22,8 +22,8 @@ enum class Format { kNibbles, kSmallBytes /* 0..15 */, kBytes /* q + 128 */ };
 
 }  // namespace headrace::HR_ISA
 
-// Inlined where lanes are registers. Plain C++ must not be: GCC 12 at -O3 loses one part of a block in tiles with two
-// rows or more (right at -O2, and with clang).
+// Inlined where lanes are registers. Plain C++ must not be: there GCC 12's value range propagation (-O3, right with
+// -fno-tree-vrp, at -O2 and with clang) then loses one part of a block in tiles of two rows or more.
 #if defined(HR_ISA_GENERIC)
 #define HR_PART_INLINE __attribute__((noinline))
 #else
