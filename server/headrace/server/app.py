@@ -27,8 +27,8 @@ from headrace.server.models_service import ModelService
 from headrace.server.reflection import Reflection
 from headrace.server.rpc import Policy, service_handler
 from headrace.server.session import SessionService
+from headrace.server.spawn import ENGINE_COMMAND, SpawnedEngine
 from headrace.server.starter import Starter
-from headrace.server.supervisor import ENGINE_COMMAND
 from headrace.v1 import inference_pb2, models_pb2
 
 log = logging.getLogger("headrace.server")
@@ -90,10 +90,13 @@ class RunningServer:
 
 @asynccontextmanager
 async def start_server(
-    config: ServerConfig, *, engine_command: Sequence[str] = ENGINE_COMMAND
+    config: ServerConfig,
+    *,
+    engine_command: Sequence[str] = ENGINE_COMMAND,
+    first_engine: SpawnedEngine | None = None,
 ) -> AsyncIterator[RunningServer]:
     """A server that listens at once and loads its model meanwhile; stopped without waiting at the end, unless drained
-    before. Raises OSError where the address cannot be had."""
+    before. first_engine: an engine process that was spawned ahead. Raises OSError where the address cannot be had."""
     events = [asyncio.Event()]
     hooks: list[Callable[[], None]] = []
 
@@ -103,7 +106,7 @@ async def start_server(
         event, events[0] = events[0], asyncio.Event()
         event.set()
 
-    host = ModelHost(config, on_change, engine_command)
+    host = ModelHost(config, on_change, engine_command, first_engine)
     admission = Admission(config.max_live_sequences, config.max_live_tokens)
     server = grpc.aio.server(options=_options(config))
     health = _register(server, config, host, admission)
@@ -130,9 +133,10 @@ def run_server(
     on_listen: Callable[[RunningServer], None] | None = None,
     *,
     engine_command: Sequence[str] = ENGINE_COMMAND,
+    first_engine: SpawnedEngine | None = None,
 ) -> int:
     """`serve_forever` on an event loop of its own."""
-    return loop.run(serve_forever(config, on_listen, engine_command=engine_command))
+    return loop.run(serve_forever(config, on_listen, engine_command=engine_command, first_engine=first_engine))
 
 
 async def serve_forever(
@@ -140,6 +144,7 @@ async def serve_forever(
     on_listen: Callable[[RunningServer], None] | None = None,
     *,
     engine_command: Sequence[str] = ENGINE_COMMAND,
+    first_engine: SpawnedEngine | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT, or until the model has failed. Returns the process's exit status."""
     telemetry.configure(version("headrace"))
@@ -150,7 +155,7 @@ async def serve_forever(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    async with start_server(config, engine_command=engine_command) as running:
+    async with start_server(config, engine_command=engine_command, first_engine=first_engine) as running:
         if on_listen is not None:
             on_listen(running)
         stopped = asyncio.ensure_future(stop.wait())

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from headrace.engine.config import EngineConfig
 from headrace.engine.engine import Engine
+from headrace.kernels.native.executor import NativeExecutor
 from headrace.kernels.program import StepProgram
 from headrace.models.errors import ModelError
 from headrace.models.load import ModelInfo, load_model
+from headrace.models.packed import load_packed
 from headrace.server import backends, frames
 from headrace.server.cli import hardware
 
@@ -47,9 +49,6 @@ def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Bui
 
 
 def _build_native(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Callable[[float], None]) -> Built:
-    from headrace.kernels.native.executor import NativeExecutor
-    from headrace.models.packed import load_packed
-
     model = load_packed(Path(load.path), on_progress)
     log.info("weights: %s", model.origin)
     config = _engine_config(load, model.program, model.info, kv_dtype)

@@ -22,7 +22,8 @@ from headrace.server.config import ServerConfig
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import ServerError
 from headrace.server.prompts import Prompts
-from headrace.server.supervisor import ENGINE_COMMAND, EngineState, Supervisor
+from headrace.server.spawn import ENGINE_COMMAND, SpawnedEngine
+from headrace.server.supervisor import EngineState, Supervisor
 from headrace.server.template_worker import TemplateWorker
 from headrace.server.validate import Limits
 
@@ -34,11 +35,15 @@ class ModelHost:
     """The model's life, from "not found yet" to "drained"."""
 
     def __init__(
-        self, config: ServerConfig, on_change: Callable[[], None], engine_command: Sequence[str] = ENGINE_COMMAND
+        self,
+        config: ServerConfig,
+        on_change: Callable[[], None],
+        engine_command: Sequence[str] = ENGINE_COMMAND,
+        first_engine: SpawnedEngine | None = None,
     ) -> None:
-        """on_change: called on the event loop whenever `state` may have changed."""
+        """on_change: called on the event loop whenever `state` may have changed. first_engine: as in Supervisor."""
         self.name = config.name
-        self.supervisor = Supervisor(config, on_change, engine_command)
+        self.supervisor = Supervisor(config, on_change, engine_command, first_engine)
         self._config = config
         self._on_change = on_change
         self._front: FrontModel | None = None

@@ -1,8 +1,8 @@
 """Keeps one engine process alive: spawns it, watches it, starts a new one when it dies or hangs.
 
-Owned by `model_host.ModelHost`. The engine is spawned, never forked (gRPC's threads do not survive a fork), gets its
-socket as an inherited descriptor, and is killed by the kernel with this process. A front end that keeps its engine
-dying would burn a machine for nothing: more than so many restarts in a minute and the model is FAILED for good.
+Owned by `model_host.ModelHost`. The engine (`spawn.py`) gets its socket as an inherited descriptor, and is killed by
+the kernel with this process. A front end that keeps its engine dying would burn a machine for nothing: more than so
+many restarts in a minute and the model is FAILED for good.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
-import socket
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -22,11 +19,10 @@ from enum import Enum
 from headrace.server import frames
 from headrace.server.config import ServerConfig
 from headrace.server.engine_client import EngineClient
+from headrace.server.spawn import ENGINE_COMMAND, SpawnedEngine, spawn_engine
 
 log = logging.getLogger("headrace.server")
 
-ENGINE_COMMAND = (sys.executable, "-m", "headrace.server.engine_main")
-_SOCKET_BUFFER_BYTES = 1 << 20
 _DYING_SECONDS = 0.2  # for one that was not ready
 _EXIT_SECONDS = 2.0  # for an engine that was hung up on; then it is killed
 _DUMP_SECONDS = 1.0  # for a hung engine to write its stacks
@@ -47,9 +43,14 @@ class Supervisor:
     """Runs engine lives one after the other. `client` is the present one's, None while there is none that answers."""
 
     def __init__(
-        self, config: ServerConfig, on_change: Callable[[], None], command: Sequence[str] = ENGINE_COMMAND
+        self,
+        config: ServerConfig,
+        on_change: Callable[[], None],
+        command: Sequence[str] = ENGINE_COMMAND,
+        first: SpawnedEngine | None = None,
     ) -> None:
-        """on_change: called on the event loop after every change of `state`, `client` or `progress`."""
+        """on_change: called on the event loop after every change of `state`, `client` or `progress`. first: the engine
+        of the first life, spawned already; ours from now on."""
         self.state = EngineState.LOADING
         self.failure = ""  # why it has FAILED; for the operator, never for a client
         self.client: EngineClient | None = None
@@ -60,6 +61,7 @@ class Supervisor:
         self._config = config
         self._on_change = on_change
         self._command = tuple(command)
+        self._first = first
         self._deaths: deque[float] = deque()
 
     async def run(self, load: frames.Load) -> None:
@@ -94,23 +96,15 @@ class Supervisor:
     async def _live(self, load: frames.Load) -> str | None:
         """One life of an engine, from spawn to its end. Returns why the model can never be loaded, or None."""
         config = self._config
-        near, far = socket.socketpair()
-        for end in (near, far):
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                end.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
         is_ready = False
         client = EngineClient(config.stream_buffer_tokens, config.stall_timeout, self._progressed)
-        process: subprocess.Popen[bytes] | None = None
+        engine, self._first = self._first, None
+        if engine is None:
+            engine = spawn_engine(self._command)
+        process = engine.process
         try:
-            with far:
-                # Popen, not the loop's own: it uses vfork, so that no fork handler of gRPC's threads ever runs.
-                process = subprocess.Popen(
-                    [*self._command, "--fd", str(far.fileno()), "--parent", str(os.getpid())],
-                    pass_fds=(far.fileno(),),
-                    stdin=subprocess.DEVNULL,
-                )
             self.pid = process.pid
-            await asyncio.get_running_loop().create_unix_connection(lambda: client, sock=near)
+            await asyncio.get_running_loop().create_unix_connection(lambda: client, sock=engine.socket)
             client.send(load)
             # A wait, not an await: the futures belong to the client, which settles them whatever happens to us.
             await asyncio.wait((client.ready, client.closed), return_when=asyncio.FIRST_COMPLETED)
@@ -127,10 +121,9 @@ class Supervisor:
             self.pid = None
             self.progress = 0.0
             client.close()
-            near.close()
-            if process is not None:
-                # One that is still loading does not look at its socket; one that steps does.
-                await _end(process, _EXIT_SECONDS if is_ready else _DYING_SECONDS)
+            engine.socket.close()
+            # One that is still loading does not look at its socket; one that steps does.
+            await _end(process, _EXIT_SECONDS if is_ready else _DYING_SECONDS)
 
     async def _watch(self, client: EngineClient, process: subprocess.Popen[bytes]) -> None:
         """Until the engine's end of the socket closes; an engine that says nothing for too long is killed."""

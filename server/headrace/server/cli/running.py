@@ -14,9 +14,10 @@ from headrace.server.cli import output
 if TYPE_CHECKING:
     from headrace.server.app import RunningServer
     from headrace.server.config import ServerConfig
+    from headrace.server.spawn import SpawnedEngine
 
 
-def serve_until_told(config: ServerConfig, log_level: str, *, as_json: bool) -> None:
+def serve_until_told(config: ServerConfig, engine: SpawnedEngine, log_level: str, *, as_json: bool) -> None:
     """Serves until SIGTERM or SIGINT. Raises ModelError, OSError or CommandError where that cannot be."""
     from headrace.server import logs
     from headrace.server.app import run_server
@@ -28,7 +29,7 @@ def serve_until_told(config: ServerConfig, log_level: str, *, as_json: bool) -> 
     def on_listen(server: RunningServer) -> None:
         announcements.append(asyncio.ensure_future(_announce(server, as_json)))
 
-    status = run_server(config, on_listen)
+    status = run_server(config, on_listen, first_engine=engine)
     if status != 0:
         raise output.CommandError("the model cannot be served; the log says why")
 

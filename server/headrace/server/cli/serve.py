@@ -38,30 +38,34 @@ def serve(
 
     - **HEADRACE_MAX_NUM_SEQS=8 headrace serve --json**
     """
-    from headrace.server.cli import hardware, running
-    from headrace.server.config import ServerConfig
+    from headrace.server.spawn import spawn_engine
 
-    config = ServerConfig(
-        model=model,
-        model_name=name,
-        host=host,
-        port=port,
-        num_threads=threads or hardware.choose_threads(hardware.detect_machine()).count,
-        backend=backend,
-        kv_dtype=kv_dtype,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
-        num_blocks=-(-kv_cache_tokens // ServerConfig.block_size),
-        enable_prefix_cache=prefix_cache,
-        max_live_sequences=max_live_sequences,
-        max_live_tokens=max_live_tokens,
-        default_deadline=default_deadline,
-        stall_timeout=stall_timeout,
-        lame_duck=lame_duck,
-        drain_deadline=drain_deadline,
-        enable_reflection=reflection,
-        enable_channelz=channelz,
-        log_format=log_format,
-    )
-    running.serve_until_told(config, log_level, as_json=as_json)
+    engine = spawn_engine()  # first of all: it imports what it needs while we do
+    with engine.socket:
+        from headrace.server.cli import hardware, running
+        from headrace.server.config import ServerConfig
+
+        config = ServerConfig(
+            model=model,
+            model_name=name,
+            host=host,
+            port=port,
+            num_threads=threads or hardware.choose_threads(hardware.detect_machine()).count,
+            backend=backend,
+            kv_dtype=kv_dtype,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            num_blocks=-(-kv_cache_tokens // ServerConfig.block_size),
+            enable_prefix_cache=prefix_cache,
+            max_live_sequences=max_live_sequences,
+            max_live_tokens=max_live_tokens,
+            default_deadline=default_deadline,
+            stall_timeout=stall_timeout,
+            lame_duck=lame_duck,
+            drain_deadline=drain_deadline,
+            enable_reflection=reflection,
+            enable_channelz=channelz,
+            log_format=log_format,
+        )
+        running.serve_until_told(config, engine, log_level, as_json=as_json)
