@@ -15,8 +15,8 @@ namespace {
 
 constexpr int64_t kMostBytes = (int64_t)1 << 46;  // beyond what any machine maps; sums of sizes stay far from overflow
 constexpr size_t kHugePage = (size_t)2 << 20;
-constexpr int32_t kMostRows = Units::kMost;
-constexpr int32_t kMostWidth = 1 << 25;  // in panels no more than Units::kMost
+constexpr int32_t kMostRows = 1 << 24;
+constexpr int32_t kMostWidth = 1 << 25;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

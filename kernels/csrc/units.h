@@ -4,9 +4,10 @@
 // op. A thread that is late, asleep or preempted holds up nobody unless it holds units: with a barrier after each op,
 // one busy process beside two threads made a step of 3.3 ms take 33 ms, as each of 240 barriers waited for its core.
 //
-// All there is to know about the open op is in one word, so a late thread cannot take units of an op that is over: its
-// compare-and-swap fails on the op's number. What a taken unit reads (the op's arguments) stays as it is until the unit
-// is finished, as the op cannot be over before.
+// All there is to know about the open op is in one word. A late thread that still has the word of an op that is over
+// takes nothing, as its compare-and-swap fails; should the word of a later op be equal, then what it takes are units of
+// that op. What a taken unit reads (the op's arguments) stays as it is until the unit is finished, as the op cannot be
+// over before.
 #pragma once
 
 #include <atomic>
@@ -18,7 +19,7 @@ namespace headrace {
 
 class Units {
  public:
-  static constexpr int kMost = (1 << 22) - 1;
+  static constexpr int kMost = INT32_MAX / 2;
 
   struct Range {
     int begin, end;
@@ -30,8 +31,7 @@ class Units {
   // multiples of kColumns rows. Release: who takes a unit sees what was written before.
   void open(int units, bool is_coarse) {
     finished_.store(0, std::memory_order_relaxed);
-    num_opened_++;
-    word_.store(num_opened_ << 45 | (uint64_t)is_coarse << 44 | (uint64_t)units << 22, std::memory_order_release);
+    word_.store((uint64_t)is_coarse << 63 | (uint64_t)units << 32, std::memory_order_release);
   }
 
   // The next units: a share of what is left, so that ranges are long at first, for streaming, and short at the end, for
@@ -39,8 +39,8 @@ class Units {
   bool take(int shares, Range& range) {
     uint64_t word = word_.load(std::memory_order_acquire);
     for (;;) {
-      const int units = (int)(word >> 22) & kMost, begin = (int)word & kMost;
-      const int grain = word >> 44 & 1 ? kColumns : 1;
+      const int units = (int)(word >> 32 & INT32_MAX), begin = (int)(uint32_t)word;
+      const int grain = word >> 63 ? kColumns : 1;
       if (begin >= units) return false;
       int size = (units - begin) / shares / grain * grain;
       if (size < grain) size = grain;
@@ -60,11 +60,9 @@ class Units {
   }
 
  private:
-  // Bits 0-21: units taken; 22-43: units; 44: is_coarse; 45-63: the op's number, which makes the word unique for the
-  // half million ops that follow.
+  // Bits 0-31: units taken; 32-62: units; 63: is_coarse.
   alignas(kAlign) std::atomic<uint64_t> word_{0};
   alignas(kAlign) std::atomic<int> finished_{0};
-  uint64_t num_opened_ = 0;
 };
 
 }  // namespace headrace

@@ -67,7 +67,7 @@ class NativeExecutor:
 
     weights: one per `program.weights`, of that shape, or packed ones; ValueError otherwise. num_blocks, block_size: the
     KV blocks, whose memory is taken from the system when it is first written. num_threads: of this executor's own,
-    None: one per usable core. activation_bits: precision of the activations that meet quantised weights; the output
+    None: one per usable CPU. activation_bits: precision of the activations that meet quantised weights; the output
     head's have 16. test_fault: see HrExecutorConfig.
     """
 
@@ -101,7 +101,7 @@ class NativeExecutor:
             kv_kind=KV_DTYPES.index(kv_dtype),
             max_tokens=max_num_batched_tokens,
             max_logit_rows=max_logit_rows,
-            num_threads=num_threads or len(os.sched_getaffinity(0)),
+            num_threads=num_threads or _num_cpus(),
             is_profiled=int(os.environ.get(PROFILE_VARIABLE, "") not in ("", "0")),
             test_fault=int(test_fault),
         )
@@ -218,6 +218,10 @@ def _check_shapes(program: StepProgram, weights: Mapping[str, Weight]) -> None:
         weight = weights.get(spec.name)
         if weight is None or weight.shape != spec.shape:
             raise ValueError(f"weight {spec.name}: want {spec.shape}, have {None if weight is None else weight.shape}")
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _label(op: object) -> str:
