@@ -1,8 +1,8 @@
 """Linear layers of SmolLM2-135M: GB/s of weights at one row, beside what the machine can read; GMAC/s at more rows.
 
 One row streams weights that are in no cache (more than 64 MB by turns), on all threads. More rows run on one core, the
-weights by turns too. Prints a table; `--isa` compares instruction sets. Rates are the best of the rounds, which are
-interleaved: what the code can do, not what a busy machine gives.
+weights by turns too, in seconds of that core. Prints a table; `--isa` compares instruction sets. Rates are the best of
+the rounds, which are interleaved: what the code can do, not what a busy machine gives.
 
     python bench/ops/linear.py --isa avx2 avx512vnni --rows 1 4 32
 """

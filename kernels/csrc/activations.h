@@ -60,36 +60,42 @@ inline void store_group(uint8_t* block, int32_t bits, int column, F32x16 low, F3
   }
 }
 
+inline void store_header(uint8_t* block, int column, float scale, float sum, float sum_high) {
+  ActivationHeader* header = (ActivationHeader*)block;
+  header->scale[column] = scale;
+  header->scale_sum[column] = scale * sum;
+  header->neg8_sum[column] = -8 * (int32_t)sum;
+  header->neg8_sum_high[column] = -8 * (int32_t)sum_high;
+}
+
+// A group that is zero, or holds a value that is not finite.
+__attribute__((noinline)) inline void quantize_special(const float* x32, const Activations& to, int row, int group) {
+  const F32x16 zero = broadcast(0.0f);
+  const float poison = sum(add(mul(load(x32), zero), mul(load(x32 + 16), zero)));  // NaN where one value is not finite
+  const uint32_t quiet_nan = 0x7FC00000;
+  float scale = 0.0f;
+  if (poison != poison) std::memcpy(&scale, &quiet_nan, 4);
+  uint8_t* block = activation_block(to, row, group);
+  store_header(block, row % kColumns, scale, 0.0f, 0.0f);
+  store_group(block, to.bits, row % kColumns, zero, zero);
+}
+
 // 32 features of one row, starting at x32, to group `group` of row `row`. scale = max |x| / 127 (or 32512), q to
 // nearest even. Groups are independent: threads may write different groups, and different rows, at the same time.
 inline void quantize_group(const float* x32, const Activations& to, int row, int group) {
-  const int column = row % kColumns;
   const float most = to.bits == 8 ? 127.0f : 32512.0f;
-  uint8_t* block = activation_block(to, row, group);
-  ActivationHeader* header = (ActivationHeader*)block;
   F32x16 low = load(x32), high = load(x32 + 16);
   const float largest = max_lane(max(abs(low), abs(high)));
-  const F32x16 zero = broadcast(0.0f);
-  const float poison = sum(add(mul(low, zero), mul(high, zero)));  // NaN where one value is not finite, else 0
-  const bool is_finite = poison == poison;
-  const bool is_zero = !(largest >= kTiniestGroup) || !is_finite;
-  const uint32_t quiet_nan = 0x7FC00000;
-  float scale = largest / most;
-  if (is_zero) {
-    scale = 0.0f;
-    if (!is_finite) std::memcpy(&scale, &quiet_nan, 4);
-    low = high = zero;
-  } else {
-    const F32x16 inverse = broadcast(most / largest);
-    low = round_even(mul(low, inverse));
-    high = round_even(mul(high, inverse));
-  }
+  if (!(largest >= kTiniestGroup)) return quantize_special(x32, to, row, group);
+  const F32x16 inverse = broadcast(most / largest);
+  low = round_even(mul(low, inverse));
+  high = round_even(mul(high, inverse));
   const float sum_high = sum(high), sum_all = sum(low) + sum_high;  // integers below 2^24: exact
-  header->scale[column] = scale;
-  header->scale_sum[column] = scale * sum_all;
-  header->neg8_sum[column] = -8 * (int32_t)sum_all;
-  header->neg8_sum_high[column] = -8 * (int32_t)sum_high;
-  store_group(block, to.bits, column, low, high);
+  // NaN times anything, and infinity times most / infinity, make the sum NaN.
+  if (sum_all != sum_all) return quantize_special(x32, to, row, group);
+  uint8_t* block = activation_block(to, row, group);
+  store_header(block, row % kColumns, largest / most, sum_all, sum_high);
+  store_group(block, to.bits, row % kColumns, low, high);
 }
 
 // One row of to.width features.

@@ -1,5 +1,7 @@
 // Timing loops for bench/ops/linear.py, where a call from Python would cost more than what is measured. See
 // headrace_native.h.
+#include <time.h>
+
 #include <chrono>
 #include <cstdint>
 #include <thread>
@@ -15,9 +17,22 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Runs work(thread) on each of num_threads threads, the caller's one included; returns seconds.
+// Of this thread alone: what others on the machine take does not count.
+double cpu_seconds() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+// Runs work(thread) on each of num_threads threads, the caller's one included; returns seconds, of one thread those
+// that it ran.
 template <typename Work>
 double timed(int num_threads, Work work) {
+  if (num_threads == 1) {
+    const double start = cpu_seconds();
+    work(0);
+    return cpu_seconds() - start;
+  }
   const Clock::time_point start = Clock::now();
   std::vector<std::thread> others;
   for (int thread = 1; thread < num_threads; thread++) others.emplace_back(work, thread);

@@ -205,7 +205,7 @@ HR_API int hr_embed_test(const char* isa, const HrMatrix* table, const int32_t* 
                          float scale, float* out, int64_t out_stride);
 
 // Timing loops: `repeats` times the op with every one of the matrices (all of one shape), or a read of all bytes, each
-// thread doing its share of each. 0, or negative.
+// thread doing its share of each. `seconds` passed, or, with one thread, those that it ran. 0, or negative.
 HR_API int hr_linear_bench(const char* isa, const HrMatrix* matrices, int32_t num_matrices, const HrLinear* linear,
                            int32_t num_threads, int32_t repeats, double* seconds);
 HR_API int hr_read_bench(const uint8_t* data, int64_t bytes, int32_t num_threads, int32_t repeats, double* seconds);
