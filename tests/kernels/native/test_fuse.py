@@ -38,6 +38,7 @@ from headrace.kernels.program import (
     StepProgram,
     WeightSpec,
 )
+from headrace.kernels.quant import QuantTensor
 from headrace.models.load import LoadedModel, load_model
 
 from tests.conftest import TinyModels
@@ -182,8 +183,9 @@ def run_by_hand(ops: list[object], forms: dict[str, WeightForm] | None = None) -
 
 
 def test_a_product_that_is_read_again_is_not_added_away() -> None:
-    program = run_by_hand([Linear("h", "x", "w1"), Add("a", "x", "h"), Add("x", "a", "h")])
-    assert kinds(program.ops)[1:4] == ["MatMul", "Add", "Add"]
+    norm = RmsNorm("a", "x", "norm", 1e-5, WIDTH)
+    program = run_by_hand([norm, Linear("h", "a", "w1"), Add("x", "x", "h"), Add("x", "x", "h")])
+    assert kinds(program.ops)[1:5] == ["Norm", "MatMul", "Add", "Add"]
 
 
 def test_a_product_is_not_added_into_its_own_input() -> None:
@@ -217,22 +219,33 @@ def test_selected_rows_that_no_norm_reads_stay() -> None:
     assert "SelectRows" in kinds(run_by_hand([]).ops)
 
 
-def test_products_whose_weights_differ_in_form_write_their_own_columns(case: Callable[[str, str], Case]) -> None:
+@pytest.mark.parametrize("kind", ["int8", "dense"])
+def test_products_whose_weights_differ_in_form_write_their_own_columns(
+    kind: str, case: Callable[[str, str], Case]
+) -> None:
     """As in Q4_K_M files, where half of the v matrices are wider."""
     given = case("llama", "Q4_1")
-    forms = given.forms | {"blk.1.attn_v.weight": WeightForm("dense")}
-    model = replace(
-        given.model,
-        weights=given.model.weights | {"blk.1.attn_v.weight": given.model.weights["blk.1.attn_v.weight"].dequantize()},  # type: ignore[union-attr]
+    name = "blk.1.attn_v.weight"
+    dense = given.model.weights[name].dequantize()  # type: ignore[union-attr]
+    weight = dense if kind == "dense" else to_int8(dense)
+    mixed = Case(
+        replace(given.model, weights={**given.model.weights, name: weight}), given.forms | {name: form_of(weight)}
     )
-    mixed = Case(model, forms)
-    program = fuse(model.program, forms)
-    np.testing.assert_array_equal(mixed.logits(program), mixed.logits(lower(model.program, forms)))
+    program = fuse(mixed.model.program, mixed.forms)
+    np.testing.assert_array_equal(mixed.logits(program), mixed.logits(lower(mixed.model.program, mixed.forms)))
     written = [op.out for op in program.ops if isinstance(op, MatMul) and op.x in ("h", "h.a8") and op.out]
     assert written == ["q+k+v", "q+k", "v", "q+k+v"]
     norm = next(op for op in program.ops if isinstance(op, Norm) and op.weight == "blk.1.attn_norm.weight")
-    assert norm.out == "h"  # v's product wants it as it is
     assert norm.quantized == "h.a8"
+    assert norm.out == ("h" if kind == "dense" else None)  # a dense product wants it as it is
+
+
+def to_int8(dense: np.ndarray) -> QuantTensor:
+    rows, cols = dense.shape
+    groups = dense.reshape(rows, cols // 32, 32)
+    scales = (np.abs(groups).max(2) / 127).astype(np.float32)
+    packed = np.rint(groups / scales[:, :, None]).astype(np.int8).reshape(rows, cols)
+    return QuantTensor("int8", packed, scales, None, 32)
 
 
 def test_an_input_is_quantised_once(case: Callable[[str, str], Case]) -> None:

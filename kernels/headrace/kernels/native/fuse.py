@@ -253,7 +253,7 @@ def _run(ops: Sequence[NativeOp], i: int) -> list[MatMul]:
     for op in ops[i:]:
         if not isinstance(op, MatMul) or op.epilogue != "store" or op.out is None or op.x == op.out:
             break
-        if run and (op.x != run[0].x or op.out in [other.out for other in run] or op.x in [o.out for o in run]):
+        if run and (op.x != run[0].x or op.out in [other.out for other in run]):
             break
         run.append(op)
     return run
