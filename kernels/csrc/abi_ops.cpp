@@ -281,7 +281,10 @@ int hr_attention_test(const char* isa, const HrAttention* op, int64_t* nanosecon
         op->scale,    op->soft_cap,     op->out,      op->out_stride,   op->quantized ? &quantized : nullptr,
         nullptr,      nullptr};
     AttentionPlan plan;
+    reserve_attention_plan(plan, kv, op->num_heads, op->cu_seqlens_q[op->num_seqs], op->num_threads);
+    const size_t reserved = attention_plan_capacity(plan);
     plan_attention(args, op->num_threads, plan);
+    if (attention_plan_capacity(plan) != reserved) return fail("the plan took more memory than was reserved");
     args.plan = &plan;
     AttentionRun(*table, args, plan, *op).run(nanoseconds);
     for (int i = 0; i < plan.num_items; i++)

@@ -119,6 +119,10 @@ void reserve_attention_plan(AttentionPlan& plan, const KvLayer& kv, int num_head
   take_partials(plan);
 }
 
+size_t attention_plan_capacity(const AttentionPlan& plan) {
+  return plan.memory->items.capacity() + plan.memory->splits.capacity();
+}
+
 void plan_attention(const AttentionArgs& shapes, int num_threads, AttentionPlan& plan) {
   AttentionPlan::Memory& memory = *plan.memory;
   take_partials(plan);
@@ -131,7 +135,7 @@ void plan_attention(const AttentionArgs& shapes, int num_threads, AttentionPlan&
     const Sequence sequence = sequence_of(shapes, i);
     if (sequence.num_rows) total += sequence.work(0, sequence.num_rows) * num_kv_heads;
   }
-  const int64_t target = num_threads == 1 ? total + 1 : std::max<int64_t>(total / (num_threads * kItemsPerThread), 1);
+  const int64_t target = num_threads == 1 ? total + 1 : ceil_div(total, num_threads * kItemsPerThread);
   for (int i = 0; i < shapes.num_seqs; i++) {
     const Sequence sequence = sequence_of(shapes, i);
     if (!sequence.num_rows) continue;

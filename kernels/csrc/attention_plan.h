@@ -57,6 +57,9 @@ struct AttentionPlan {
 // Takes the memory that any step of up to max_rows tokens can need, so that no later plan allocates.
 void reserve_attention_plan(AttentionPlan& plan, const KvLayer& kv, int num_heads, int max_rows, int num_threads);
 
+// Items and splits that fit without another allocation, in one number: for tests.
+size_t attention_plan_capacity(const AttentionPlan& plan);
+
 // Reads kv (not its data), num_heads, num_seqs, seq_lens, cu_seqlens_q and window of `shapes`.
 void plan_attention(const AttentionArgs& shapes, int num_threads, AttentionPlan& plan);
 
