@@ -9,8 +9,9 @@
 namespace headrace {
 namespace {
 
-// Items per thread that are worth having: enough that the last one to finish is not far behind.
-constexpr int kItemsPerThread = 4;
+// Items per thread that are worth having: enough that the last one to finish is not far behind. 6 rather than 4: three
+// KV heads on two threads then come in four parts each, and 12 items halve where 9 do not.
+constexpr int kItemsPerThread = 6;
 constexpr int64_t kMaxPartialFloats = 1 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -62,9 +63,10 @@ void take_partials(AttentionPlan& plan) {
 }
 
 void add_item(AttentionPlan& plan, AttentionItem item, const Sequence& sequence) {
-  const int64_t all_keys = sequence.num_keys(item.row_end - 1);
-  const int64_t keys = std::min<int64_t>(all_keys, (int64_t)(item.chunk_end - item.chunk_begin) * kAttentionChunk);
-  item.work = (int32_t)(sequence.work(item.row_begin, item.row_end) * keys / all_keys);
+  const int first = std::max(sequence.first_key(item.row_begin), item.chunk_begin * kAttentionChunk);
+  const int end = std::min(sequence.position(item.row_end - 1) + 1, item.chunk_end * kAttentionChunk);
+  const int64_t all_keys = sequence.position(item.row_end - 1) + 1 - sequence.first_key(item.row_begin);
+  item.work = (int32_t)(sequence.work(item.row_begin, item.row_end) * (end - first) / all_keys);
   plan.memory->items.push_back(item);
 }
 
