@@ -80,6 +80,7 @@ check: lint types protos docs ## formats, lints, types, floors, contract, genera
 lint: $(DEV)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*.h kernels/csrc/*.cpp kernels/csrc/*/*.h kernels/csrc/*/*.cpp
 	$(BIN)/lint-imports
 
 types: $(DEV)

@@ -246,8 +246,10 @@ def _link(
     elif is_program and sys.platform == "linux":
         arguments.append("-static")
     elif sys.platform == "linux":
-        # Whichever libstdc++ another package has loaded, ours is inside and nobody sees it.
-        arguments += ["-Wl,--exclude-libs,ALL", "-Wl,--no-undefined", "-static-libgcc"]
+        # Whichever libstdc++ another package has loaded, ours is inside, and nothing but the C ABI shows.
+        exports = build_dir / "exports.map"
+        exports.write_text("{ global: hr_*; local: *; };\n")
+        arguments += [f"-Wl,--version-script={exports}", "-Wl,--no-undefined", "-static-libgcc"]
         if os.sep in _output([*compiler.command, "-print-file-name=libstdc++.a"]):  # Fedora has it in another package
             arguments.append("-static-libstdc++")
     stamp = build_dir / f"{output.name}.stamp"
