@@ -326,6 +326,8 @@ def main() -> int:
         )
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, NoCompilerError) and not options.target:
+            print("Without one, the slow torch reference still serves: make serve BACKEND=torch", file=sys.stderr)
         return 1
     if built != LIBRARY:
         print(built)
