@@ -43,28 +43,30 @@ struct PackedMatrix {
   int64_t panel_bytes;
 };
 
-inline bool is_quantized(WeightKind kind) { return kind == WeightKind::kInt4 || kind == WeightKind::kInt8; }
+// Functions here are static: every isa_*.cpp includes them, and the linker must not keep a copy that was compiled for
+// another instruction set.
+static inline bool is_quantized(WeightKind kind) { return kind == WeightKind::kInt4 || kind == WeightKind::kInt8; }
 
 // Bytes of the integers of a block of a quantised kind; scales and zeros follow them.
-inline int64_t quant_bytes(WeightKind kind) { return kind == WeightKind::kInt4 ? 256 : 512; }
+static inline int64_t quant_bytes(WeightKind kind) { return kind == WeightKind::kInt4 ? 256 : 512; }
 
-inline int64_t block_bytes(const PackedMatrix& m) {
+static inline int64_t block_bytes(const PackedMatrix& m) {
   const int64_t vectors = (int64_t)m.scales_per_block * (m.has_zeros ? 2 : 1);
   return quant_bytes(m.kind) + vectors * kLanes * (m.scale_kind == ScaleKind::kF16 ? 2 : 4);
 }
 
 // What `panel_bytes` must be.
-inline int64_t panel_bytes_of(const PackedMatrix& m) {
+static inline int64_t panel_bytes_of(const PackedMatrix& m) {
   if (is_quantized(m.kind)) return m.cols / kGroup * block_bytes(m);
   return (int64_t)m.cols * kLanes * (m.kind == WeightKind::kF32 ? 4 : 2);
 }
 
-inline int64_t num_panels(const PackedMatrix& m) {
+static inline int64_t num_panels(const PackedMatrix& m) {
   return m.is_gated ? ((int64_t)m.rows / 2 + 31) / 32 * 4 : ((int64_t)m.rows + kLanes - 1) / kLanes;
 }
 
 // What `begin` and `end` of KernelTable::linear count.
-inline int64_t num_linear_units(const PackedMatrix& m) { return m.is_gated ? num_panels(m) / 4 : num_panels(m); }
+static inline int64_t num_linear_units(const PackedMatrix& m) { return m.is_gated ? num_panels(m) / 4 : num_panels(m); }
 
 // Rows of activations quantised for the integer kinds, in groups of 32 features: x = scale * q, symmetric.
 // bits 8: q in -127..127; bits 16: q in -32512..32512. Four rows are interleaved; what lies in the places of rows
@@ -76,10 +78,10 @@ struct Activations {
 };
 
 // One block: 4 rows x 32 features.
-inline size_t activation_block_bytes(int32_t bits) { return 64 + (size_t)kColumns * kGroup * (size_t)bits / 8; }
+static inline size_t activation_block_bytes(int32_t bits) { return 64 + (size_t)kColumns * kGroup * (size_t)bits / 8; }
 
 // Bytes of Activations::data for `rows` rows.
-inline size_t activation_bytes(int64_t rows, int64_t width, int32_t bits) {
+static inline size_t activation_bytes(int64_t rows, int64_t width, int32_t bits) {
   return (size_t)((rows + kColumns - 1) / kColumns) * (size_t)(width / kGroup) * activation_block_bytes(bits);
 }
 
