@@ -52,16 +52,17 @@ native: | $(BIN)/python ## compile the C++ kernels of kernels/csrc in place
 
 # The whole model runs the same kernels as the small ones, for two minutes. ARGS="..." adds to it.
 SANITIZED := --deselect tests/kernels/native/test_invariance.py::test_the_default_model
+# --capture=sys leaves file descriptor 2 to the report of a sanitizer that ends the process.
 # The sanitizers' runtimes must be there before the interpreter's first allocation, and libstdc++ before they look for it.
 native-sanitize: $(DEV) ## run the op tests under the address, undefined and thread sanitizers
 	$(BUILD) --sanitize address,undefined
 	$(BUILD) --sanitize thread
 	preload=; for name in libasan.so libubsan.so libstdc++.so; do preload="$$preload $$($(CXX) -print-file-name=$$name)"; done; \
 	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
-	HEADRACE_NATIVE_LIBRARY=$(BUILT)/_native-address-undefined.so $(BIN)/python -m pytest -q tests/kernels/native $(SANITIZED) $(ARGS)
+	HEADRACE_NATIVE_LIBRARY=$(BUILT)/_native-address-undefined.so $(BIN)/python -m pytest -q --capture=sys tests/kernels/native $(SANITIZED) $(ARGS)
 	preload=; for name in libtsan.so libstdc++.so; do preload="$$preload $$($(CXX) -print-file-name=$$name)"; done; \
 	LD_PRELOAD="$$preload" TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 \
-	HEADRACE_NATIVE_LIBRARY=$(BUILT)/_native-thread.so $(BIN)/python -m pytest -q tests/kernels/native $(SANITIZED) $(ARGS)
+	HEADRACE_NATIVE_LIBRARY=$(BUILT)/_native-thread.so $(BIN)/python -m pytest -q --capture=sys tests/kernels/native $(SANITIZED) $(ARGS)
 
 native-neon: | $(BIN)/python ## cross-compile for Arm; compare its kernels with plain C++ under qemu
 	$(BUILD) --target aarch64 --werror
