@@ -16,16 +16,20 @@ namespace {
 // that holds units and was pushed off its own.
 constexpr int64_t kSpin = 50'000;  // ns
 
+constexpr int kTileRows = 64;
+
+int num_row_tiles(int rows) { return (rows + kTileRows - 1) / kTileRows; }
+
 int64_t now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
 
 // The planted fault (HrExecutorConfig::test_fault): a dense product whose sum is split in two where there is more than
-// one row. Every result is right to rounding, and the bits depend on the neighbours.
+// one row, up to a tile. Every result is right to rounding, and the bits depend on the neighbours.
 bool is_splittable(const LinearArgs& args) {
   return args.x && args.weight->kind == WeightKind::kF32 && args.epilogue == Epilogue::kStore && !args.bias &&
-         args.num_rows > 1 && args.weight->cols % 32 == 0;
+         args.num_rows > 1 && args.num_rows <= kTileRows && args.weight->cols % 32 == 0;
 }
 
 void run_split(const KernelTable& kernels, const LinearArgs& args, int begin, int end) {
@@ -38,6 +42,46 @@ void run_split(const KernelTable& kernels, const LinearArgs& args, int begin, in
   part.x += half.cols;
   part.epilogue = Epilogue::kAdd;
   kernels.linear(part, begin, end);
+}
+
+// Rows [begin, end) of a product as a product of its own; begin is a multiple of kColumns.
+struct LinearRows {
+  LinearArgs args;
+  Activations activations, gated;
+
+  LinearRows(const LinearArgs& all, int begin, int end) : args(all), activations(), gated() {
+    args.num_rows = end - begin;
+    if (all.x) args.x += begin * all.x_stride;
+    if (all.out) args.out += begin * all.out_stride;
+    if (all.activations) args.activations = shifted(activations, *all.activations, begin);
+    if (all.gated) args.gated = shifted(gated, *all.gated, begin);
+  }
+  LinearRows(const LinearRows&) = delete;
+
+  static const Activations* shifted(Activations& to, const Activations& from, int row) {
+    to = from;
+    to.data += activation_bytes(row, from.width, from.bits);
+    return &to;
+  }
+};
+
+// Units of a product are panels, cut into tiles of kTileRows rows where there are more: the last panels of a prefill
+// are then shared out as well. Whole panels go to the kernel in one call.
+void run_tiles(const KernelTable& kernels, const LinearArgs& args, int begin, int end) {
+  const int tiles = num_row_tiles(args.num_rows);
+  while (begin < end) {
+    const int panel = begin / tiles, first = begin % tiles;
+    if (first == 0 && end - begin >= tiles) {
+      const int panels = (end - begin) / tiles;
+      kernels.linear(args, panel, panel + panels);
+      begin += panels * tiles;
+      continue;
+    }
+    const int last = tiles - first < end - begin ? tiles : first + end - begin;
+    const int rows = last * kTileRows < args.num_rows ? last * kTileRows : args.num_rows;
+    kernels.linear(LinearRows(args, first * kTileRows, rows).args, panel, panel + 1);
+    begin += last - first;
+  }
 }
 
 void copy_rows(const ElementwiseArgs& args, const int32_t* row_index, int begin, int end) {
@@ -142,7 +186,7 @@ int Executor::units_of(int stage) const {
   if (stage == num_stages_ - 1) return sample_.rows ? num_logits_ : 0;
   const Op& op = program_.ops[(size_t)(stage - num_ropes_)];
   const int rows = op.is_logits ? num_logits_ : num_tokens_;
-  if (op.kind == HR_LINEAR) return rows ? op.units : 0;
+  if (op.kind == HR_LINEAR) return op.units * num_row_tiles(rows);
   if (op.kind == HR_ATTENTION) return program_.plans[(size_t)op.plan]->plan.num_items;
   return rows;
 }
@@ -179,7 +223,7 @@ void Executor::run_op(const Op& op, const Range& r, int thread) {
       if (has_fault_ && is_splittable(op.linear))
         run_split(kernels_, op.linear, r.begin, r.end);
       else
-        kernels_.linear(op.linear, r.begin, r.end);
+        run_tiles(kernels_, op.linear, r.begin, r.end);
       break;
     case HR_NORM:
       kernels_.rms_norm(op.norm, r.begin, r.end);

@@ -3,6 +3,7 @@
 
 #include "error.h"
 #include "kv.h"
+#include "units.h"
 
 namespace headrace {
 namespace {
@@ -143,6 +144,7 @@ void Resolver::linear(Op& op) {
   expect(!is_gate || !args.bias, "a gated product has no bias");
   same_rows(in_.a, has(in_.out) ? in_.out : in_.quantized);
   op.units = (int32_t)num_linear_units(*weight);
+  expect((int64_t)op.units * program_.max_tokens <= Units::kMost, "the product is too large for a step");
   op.is_logits = has_logit_rows(in_.a);
 }
 
