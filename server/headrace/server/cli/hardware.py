@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
 import psutil
+from headrace.server.cli import cgroups
 from headrace.kernels.native import library
 from headrace.models.errors import ModelError
 from headrace.server import backends
@@ -93,10 +93,10 @@ def detect_machine() -> Machine:
         logical_cores=psutil.cpu_count() or 1,
         usable_cores=_usable_cores(),
         numa_nodes=max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))),
-        cpu_limit=_cgroup_cpus(),
+        cpu_limit=cgroups.cpu_limit(),
         memory=memory.total,
         memory_available=memory.available,
-        memory_limit=_cgroup_memory(),
+        memory_limit=cgroups.memory_limit(),
         gpus=_gpus(),
     )
 
@@ -157,34 +157,6 @@ def _cpu_fields() -> dict[str, str]:
         key, _, value = line.partition(":")
         fields[key.strip()] = value.strip()
     return fields
-
-
-def _cgroup_files(name: str) -> Iterator[str]:
-    """The contents of one control file in this process's cgroup (version 2) and all cgroups around it."""
-    try:
-        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        own = "/"
-    root = Path("/sys/fs/cgroup")
-    here = root / own.strip().lstrip("/")
-    for folder in (here, *here.parents):
-        with suppress(OSError):
-            yield (folder / name).read_text().strip()
-        if folder == root:
-            return
-
-
-def _cgroup_cpus() -> float | None:
-    limits = []
-    for content in _cgroup_files("cpu.max"):
-        quota, _, period = content.partition(" ")
-        if quota != "max" and period:
-            limits.append(int(quota) / int(period))
-    return min(limits, default=None)
-
-
-def _cgroup_memory() -> int | None:
-    return min((int(content) for content in _cgroup_files("memory.max") if content != "max"), default=None)
 
 
 def _usable_cores() -> int:
