@@ -1,4 +1,4 @@
-"""The limits that this process's control groups set, version 2, version 1 and hosts that mix them. Called by `hardware`.
+"""The limits that this process's control groups set: version 2, version 1, and hosts that mix them. For `hardware`.
 
 A process is in one group per hierarchy and bound by the groups around it too. In a container the paths of
 /proc/self/cgroup may be the host's, of which only the end, or nothing, is mounted: what does not exist limits nothing.

@@ -15,10 +15,10 @@ from importlib import metadata, util
 from pathlib import Path
 
 import psutil
-from headrace.server.cli import cgroups
 from headrace.kernels.native import library
 from headrace.models.errors import ModelError
 from headrace.server import backends
+from headrace.server.cli import cgroups
 
 # The instruction sets that matter for matrix products with small integers and half floats, as /proc/cpuinfo names them.
 _SIMD = (
