@@ -154,7 +154,7 @@ void Executor::work(int thread) {
   for (;;) {
     const uint32_t seen = changes_.load();
     if (thread == 0 ? is_over_.load(std::memory_order_acquire) : is_stopping_.load(std::memory_order_acquire)) return;
-    if (units_.take(2 * program_.num_threads, range)) {
+    if (units_.take(program_.num_threads, range)) {
       run_stage(stage_, range, thread);
       if (units_.finish(range)) open_next(thread);
     } else {

@@ -36,8 +36,9 @@ class Units {
     word_.store((uint64_t)is_coarse << 63 | (uint64_t)units << 32, std::memory_order_release);
   }
 
-  // The next units: a share of what is left, so that ranges are long at first, for streaming, and short at the end, for
-  // balance beside a busy core. False where none are left at this moment. shares: of what is left, how many.
+  // The next units, one in `shares` of what is left: ranges are long at first, for streaming, and short at the end, for
+  // balance beside a busy core. False where none are left at this moment. Decode of 1, 4, 16 rows on two threads, ms:
+  // with one share a thread 1.9, 2.3, 6.2; two 2.0, 2.7, 6.8; eight 2.6, 3.3, 7.5.
   bool take(int shares, Range& range) {
     uint64_t word = word_.load(std::memory_order_acquire);
     for (;;) {
