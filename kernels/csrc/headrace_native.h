@@ -16,10 +16,10 @@
 #define HR_ABI_VERSION 1
 
 HR_API int hr_abi_version(void);
-HR_API const char* hr_source_hash(void);        // of the sources that it was compiled from
-HR_API const char* hr_isa_name(void);           // of the table in use, e.g. "avx512vnni"; "" where none can run
-HR_API const char* hr_isa_names_compiled(void); // comma-separated
-HR_API const char* hr_isa_names_usable(void);   // of those, what this CPU runs
+HR_API const char* hr_source_hash(void);         // of the sources that it was compiled from
+HR_API const char* hr_isa_name(void);            // of the table in use, e.g. "avx512vnni"; "" where none can run
+HR_API const char* hr_isa_names_compiled(void);  // comma-separated
+HR_API const char* hr_isa_names_usable(void);    // of those, what this CPU runs
 HR_API const char* hr_last_error(void);
 
 // How to treat one row of logits: headrace.kernels.batch.RowSampling, as headrace.kernels.native.sampling encodes it.
@@ -91,17 +91,17 @@ typedef struct HrKvShape {
 } HrKvShape;
 
 enum HrOpKind {
-  HR_EMBED = 0,     // out = rows of matrix * scale
-  HR_QUANTIZE = 1,  // quantized = a
-  HR_LINEAR = 2,    // out or quantized = a @ matrix (+ vector); epilogue: csrc/kernel_table.h, Epilogue
-  HR_NORM = 3,      // out and/or quantized = norm of a by vector, in groups of `group`; selects_rows: by logit_rows
-  HR_ROPE_KV = 4,   // a, b, c = q, k, v; vector, vector2 = norms of q and k; rope
-  HR_ATTENTION = 5, // out and/or quantized = attention of a
-  HR_ADD = 6,       // out = a + b
-  HR_SILU_GATE = 7, // out = act(a) * b
+  HR_EMBED = 0,      // out = rows of matrix * scale
+  HR_QUANTIZE = 1,   // quantized = a
+  HR_LINEAR = 2,     // out or quantized = a @ matrix (+ vector); epilogue: csrc/kernel_table.h, Epilogue
+  HR_NORM = 3,       // out and/or quantized = norm of a by vector, in groups of `group`; selects_rows: by logit_rows
+  HR_ROPE_KV = 4,    // a, b, c = q, k, v; vector, vector2 = norms of q and k; rope
+  HR_ATTENTION = 5,  // out and/or quantized = attention of a
+  HR_ADD = 6,        // out = a + b
+  HR_SILU_GATE = 7,  // out = act(a) * b
   HR_GELU_GATE = 8,
-  HR_SELECT = 9,    // out = rows logit_rows of a
-  HR_SOFT_CAP = 10, // a = soft_cap * tanh(a / soft_cap)
+  HR_SELECT = 9,     // out = rows logit_rows of a
+  HR_SOFT_CAP = 10,  // a = soft_cap * tanh(a / soft_cap)
   HR_NUM_OP_KINDS = 11
 };
 
@@ -121,7 +121,7 @@ typedef struct HrExecutorConfig {
   const HrKvShape* layers;
   const HrOp* ops;
   int32_t num_matrices, num_vectors, num_buffers, num_operands, num_ropes, num_layers, num_ops;
-  int32_t logits;  // operand
+  int32_t logits;                                       // operand
   int32_t vocab_size, num_blocks, block_size, kv_kind;  // kv_kind: csrc/layout.h, KvKind
   int32_t max_tokens, max_logit_rows, num_threads;
   int32_t is_profiled;  // measure every op
@@ -153,8 +153,8 @@ HR_API void hr_executor_destroy(HrExecutor* executor);
 HR_API int hr_executor_run(HrExecutor* executor, const HrStepBatch* batch);
 // Copies the last step's logits, [S][vocab_size].
 HR_API int hr_executor_logits(const HrExecutor* executor, float* out);
-// Nanoseconds spent so far in each op, then in what precedes the first (plans) and in sampling: num_ops + 2 numbers, all
-// 0 unless is_profiled. Waiting for the slower threads counts.
+// Nanoseconds spent so far in each op, then in what precedes the first (plans) and in sampling: num_ops + 2 numbers,
+// all 0 unless is_profiled. Waiting for the slower threads counts.
 HR_API int hr_executor_stats(const HrExecutor* executor, int64_t* nanoseconds, int32_t count);
 HR_API const char* hr_executor_isa(const HrExecutor* executor);
 // Fills the KV block with NaN (bytes 255), so that a test sees who reads what was freed.
@@ -210,8 +210,8 @@ HR_API int hr_linear_bench(const char* isa, const HrMatrix* matrices, int32_t nu
                            int32_t num_threads, int32_t repeats, double* seconds);
 HR_API int hr_read_bench(const uint8_t* data, int64_t bytes, int32_t num_threads, int32_t repeats, double* seconds);
 
-// ---- Single ops that are no matrix product (headrace.kernels.native.single_ops), with the kernels of `isa` (null: those
-// in use). For tests and benches. 0, or negative. ----
+// ---- Single ops that are no matrix product (headrace.kernels.native.single_ops), with the kernels of `isa` (null:
+// those in use). For tests and benches. 0, or negative. ----
 
 // csrc/layout.h, KvLayer: num_blocks blocks of hr_kv_block_bytes each; 64-byte aligned.
 typedef struct HrKv {
@@ -224,11 +224,37 @@ typedef struct HrKv {
 HR_API int64_t hr_kv_block_bytes(int32_t kind, int32_t num_kv_heads, int32_t head_dim, int32_t block_size);
 
 enum HrLaneOperation {  // csrc/lanes_probe.h
-  HR_LANES_LOAD_MASKED, HR_LANES_STORE_MASKED, HR_LANES_ADD, HR_LANES_SUB, HR_LANES_MUL, HR_LANES_DIV, HR_LANES_FMA,
-  HR_LANES_FNMA, HR_LANES_MAX, HR_LANES_MIN, HR_LANES_ABS, HR_LANES_COPYSIGN, HR_LANES_SELECT, HR_LANES_ROUND_EVEN,
-  HR_LANES_EXP2_INT, HR_LANES_LOAD_F16, HR_LANES_STORE_F16, HR_LANES_LOAD_BF16, HR_LANES_STORE_BF16, HR_LANES_LOAD_I8,
-  HR_LANES_STORE_I8, HR_LANES_LOAD_I32, HR_LANES_STORE_I32, HR_LANES_SUM, HR_LANES_MAX_LANE, HR_LANES_EXP,
-  HR_LANES_EXP_WEIGHT, HR_LANES_TANH, HR_LANES_SILU, HR_LANES_GELU_TANH, HR_NUM_LANE_OPERATIONS
+  HR_LANES_LOAD_MASKED,
+  HR_LANES_STORE_MASKED,
+  HR_LANES_ADD,
+  HR_LANES_SUB,
+  HR_LANES_MUL,
+  HR_LANES_DIV,
+  HR_LANES_FMA,
+  HR_LANES_FNMA,
+  HR_LANES_MAX,
+  HR_LANES_MIN,
+  HR_LANES_ABS,
+  HR_LANES_COPYSIGN,
+  HR_LANES_SELECT,
+  HR_LANES_ROUND_EVEN,
+  HR_LANES_EXP2_INT,
+  HR_LANES_LOAD_F16,
+  HR_LANES_STORE_F16,
+  HR_LANES_LOAD_BF16,
+  HR_LANES_STORE_BF16,
+  HR_LANES_LOAD_I8,
+  HR_LANES_STORE_I8,
+  HR_LANES_LOAD_I32,
+  HR_LANES_STORE_I32,
+  HR_LANES_SUM,
+  HR_LANES_MAX_LANE,
+  HR_LANES_EXP,
+  HR_LANES_EXP_WEIGHT,
+  HR_LANES_TANH,
+  HR_LANES_SILU,
+  HR_LANES_GELU_TANH,
+  HR_NUM_LANE_OPERATIONS
 };
 // Each array is num_vectors times 64 bytes: 16 elements each, of whatever width, from the first byte on.
 HR_API int hr_lanes_test(const char* isa, int32_t operation, const void* a, const void* b, const void* c, void* out,
@@ -249,7 +275,11 @@ typedef struct HrRmsNorm {  // csrc/kernel_table.h, RmsNormArgs
 HR_API int hr_rms_norm_test(const char* isa, const HrRmsNorm* op);
 
 enum HrElementwise {  // a + b; act(a) * b; cap * tanh(a / cap)
-  HR_ELEMENTWISE_ADD, HR_ELEMENTWISE_SILU_GATE, HR_ELEMENTWISE_GELU_GATE, HR_ELEMENTWISE_SOFT_CAP, HR_NUM_ELEMENTWISE
+  HR_ELEMENTWISE_ADD,
+  HR_ELEMENTWISE_SILU_GATE,
+  HR_ELEMENTWISE_GELU_GATE,
+  HR_ELEMENTWISE_SOFT_CAP,
+  HR_NUM_ELEMENTWISE
 };
 HR_API int hr_elementwise_test(const char* isa, int32_t kind, const float* a, const float* b, float* out,
                                int64_t stride, int32_t rows, int32_t width, float cap);
@@ -306,7 +336,7 @@ typedef struct HrPoolSteps {
   int64_t gap_ns;        // busy, in the calling thread, between two steps
   int64_t spin_ns;       // before a thread without units sleeps, where they do not meet
   int32_t steps, phases, units, streams;
-  int32_t meets;         // at a barrier after each phase (with the pool's own options); else as csrc/units.h says
+  int32_t meets;  // at a barrier after each phase (with the pool's own options); else as csrc/units.h says
   int32_t yields;
 } HrPoolSteps;
 // nanoseconds: [steps]. 0, or negative.

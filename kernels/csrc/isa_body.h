@@ -18,8 +18,19 @@
 namespace headrace::HR_ISA {
 
 inline const KernelTable kTable = {
-    HR_STRINGIFY(HR_ISA), linear,     embed, quantize,  rms_norm,  rope_table, rope_kv,
-    attention,            add_rows, silu_gate, gelu_gate, soft_cap, sample_rows,
+    HR_STRINGIFY(HR_ISA),
+    linear,
+    embed,
+    quantize,
+    rms_norm,
+    rope_table,
+    rope_kv,
+    attention,
+    add_rows,
+    silu_gate,
+    gelu_gate,
+    soft_cap,
+    sample_rows,
     probe_lanes,
 };
 

@@ -1,5 +1,5 @@
-// One table of kernels per instruction set: what the executor calls and what the op tests call. The files isa_*.cpp each
-// compile the same templates and export one table; dispatch.cpp chooses.
+// One table of kernels per instruction set: what the executor calls and what the op tests call. The files isa_*.cpp
+// each compile the same templates and export one table; dispatch.cpp chooses.
 //
 // Every function works on a range of its op's units, [begin, end), so that threads can share an op; results never
 // depend on how it is split. None allocates; none throws; all pointers are 64-byte aligned unless said otherwise.
@@ -26,7 +26,7 @@ struct LinearArgs {
   int64_t out_stride;  // floats between rows of out
   const Activations* gated;
   Epilogue epilogue;
-  int32_t num_rows;    // rows of x: tokens
+  int32_t num_rows;  // rows of x: tokens
 };
 
 // Rows of float32 to what the next product wants. Units: rows.
@@ -36,8 +36,8 @@ struct RmsNormArgs {
   const float* weight;  // [group]
   float eps;
   int32_t width;
-  int32_t group;        // width, or head_dim for QK-norm
-  float* out;           // float32, may be x; or null
+  int32_t group;  // width, or head_dim for QK-norm
+  float* out;     // float32, may be x; or null
   int64_t out_stride;
   const Activations* quantized;  // or null
   const int32_t* row_index;      // row t reads x row row_index[t]; null: t
@@ -53,8 +53,8 @@ struct RopeKvArgs {
   const float* q_norm;  // [head_dim] or null
   const float* k_norm;
   float norm_eps;
-  const float* cos_sin;     // [T][head_dim]: cos [half] then sin [half] of each row's position; null: no rotation
-  const int32_t* slots;     // [T]
+  const float* cos_sin;  // [T][head_dim]: cos [half] then sin [half] of each row's position; null: no rotation
+  const int32_t* slots;  // [T]
   const KvLayer* kv;
 };
 
@@ -63,7 +63,7 @@ struct RopeTableArgs {
   const int32_t* positions;
   float attention_factor;
   int32_t half;
-  float* cos_sin;         // [T][2 * half]
+  float* cos_sin;  // [T][2 * half]
 };
 
 // Causal attention over KV blocks. Units: the items of `plan` (attention.h says how a step is cut into items).
@@ -77,10 +77,10 @@ struct AttentionArgs {
   const int32_t* cu_seqlens_q;  // [B + 1]
   int32_t num_seqs;
   int32_t num_heads;
-  int32_t window;   // 0: none
+  int32_t window;  // 0: none
   float scale;
-  float soft_cap;   // 0: none
-  float* out;       // float32 [T, num_heads * head_dim], or null
+  float soft_cap;  // 0: none
+  float* out;      // float32 [T, num_heads * head_dim], or null
   int64_t out_stride;
   const Activations* quantized;  // or null
   const void* plan;

@@ -22,14 +22,6 @@ enum class Format { kNibbles, kSmallBytes /* 0..15 */, kBytes /* q + 128 */ };
 
 }  // namespace headrace::HR_ISA
 
-// Inlined where lanes are registers. Plain C++ must not be: there GCC 12's value range propagation (-O3, right with
-// -fno-tree-vrp, at -O2 and with clang) then loses one part of a block in tiles of two rows or more.
-#if defined(HR_ISA_GENERIC)
-#define HR_PART_INLINE __attribute__((noinline))
-#else
-#define HR_PART_INLINE inline
-#endif
-
 #if defined(HR_ISA_AVX512)
 #include "linear_dots_avx512.h"
 #elif defined(HR_ISA_AVX2)
@@ -65,8 +57,8 @@ inline float half_scale_sum(const ActivationHeader& header, int column, int part
 }
 
 template <Format kFormat, int kBits, bool kZeros, int kParts, int kRows>
-HR_PART_INLINE void multiply_part(const TileArgs& t, const uint8_t* q, const uint8_t* scales, const uint8_t* const* a,
-                                  int part, F32x16 (&f)[kRows]) {
+inline void multiply_part(const TileArgs& t, const uint8_t* q, const uint8_t* scales, const uint8_t* const* a, int part,
+                          F32x16 (&f)[kRows]) {
   F32x16 d[kRows];
   if (kParts == 1) {
     block_dots<kFormat, kBits, kZeros, 0, 8, kRows>(q, a, d);
