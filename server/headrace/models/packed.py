@@ -6,7 +6,6 @@ warm start maps the file and decodes nothing. A file belongs to its model by the
 computed again only when their sizes or times have changed; and to this code by a hash of what packs. What does not
 belong, or is damaged, is packed again and replaced in one piece, so any number of processes may start at once.
 HEADRACE_PACK_CACHE=off, or no place that can be written: the weights are packed into memory at every start.
-HEADRACE_PACK_CACHE=copy: the file's contents are copied into huge pages, for a few percent of speed at one stream.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from headrace.kernels.native.packed import (
     PackWriter,
     SourceFile,
     change_origin,
-    in_huge_pages,
     open_packed,
 )
 from headrace.kernels.program import StepProgram
@@ -92,8 +90,8 @@ def pack_path(path: Path) -> Path:
 
 def _weights(path: Path, checkpoint: Checkpoint, on_progress: OnProgress) -> tuple[PackedWeights, str]:
     setting = os.environ.get(CACHE_VARIABLE, "") or "on"
-    if setting not in ("on", "off", "copy"):
-        raise ModelError(f"{CACHE_VARIABLE} is {setting}; it can be on, off or copy")
+    if setting not in ("on", "off"):
+        raise ModelError(f"{CACHE_VARIABLE} is {setting}; it can be on or off")
     if setting == "off":
         return _into_memory(checkpoint, on_progress), f"packed into memory, as {CACHE_VARIABLE} says"
     files = _source_files(path)
@@ -103,13 +101,11 @@ def _weights(path: Path, checkpoint: Checkpoint, on_progress: OnProgress) -> tup
         found = _open_valid(place, path, files, rules)
         if found is not None:
             on_progress(1.0)
-            return (
-                (in_huge_pages(found), f"copied from {place}") if setting == "copy" else (found, f"mapped from {place}")
-            )
+            return found, f"mapped from {place}"
     for place in places:
         written = _into_file(place, path, files, rules, checkpoint, on_progress)
         if written is not None:
-            return in_huge_pages(written) if setting == "copy" else written, f"packed into {place}"
+            return written, f"packed into {place}"
     log.warning("packed weights can be kept nowhere: this start and every other one packs %s into memory", path.name)
     return _into_memory(checkpoint, on_progress), "packed into memory, as no place for a file could be written"
 

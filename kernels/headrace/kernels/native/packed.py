@@ -12,7 +12,6 @@ right origin and sizes was written by `PackWriter`, and appeared under its name 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -39,7 +38,6 @@ MAX_TABLE_BYTES = 64 << 20
 _PREAMBLE = struct.Struct("<8sIIQQ32s")
 _UNSUMMED = _PREAMBLE.size - 32
 _PAGE = 4096
-_HUGE_PAGE = 2 << 20
 _ALIGNMENT = 64
 _ENTRY_BYTES = 320  # of JSON for one entry, without its name
 _FORM_KINDS = ("int4", "int8", "dense")
@@ -98,30 +96,6 @@ def change_origin(path: Path, origin: Origin) -> None:
         os.pwrite(fd, _header(table, data_start, file_bytes), 0)
     finally:
         os.close(fd)
-
-
-def in_huge_pages(weights: MappedWeights) -> MappedWeights:
-    """The same, the matrices copied into memory of huge pages where the system has them.
-
-    Walking 4 KB pages costs a decode step of one row about 4 %: 96 MB of weights on Zen 5, one thread, 3.2 ms mapped and
-    3.07 ms so (first quartile of 140 steps, the last four of 6 alternating rounds). The price: up to 10 ms more at a warm
-    start, file and copy in memory at once meanwhile, and weights that replicas do not share and the system cannot drop.
-    """
-    size = sum(_round_up(matrix.data.nbytes, _ALIGNMENT) for matrix in weights.matrices.values())
-    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # another system, or a kernel without
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    contents = np.frombuffer(memory, np.uint8)
-    offset = -contents.ctypes.data % _HUGE_PAGE
-    matrices = {}
-    for name, matrix in weights.matrices.items():
-        data = contents[offset : offset + matrix.data.nbytes]
-        data[:] = matrix.data
-        data.flags.writeable = False
-        matrices[name] = PackedMatrix(matrix.spec, data)
-        offset += _round_up(data.nbytes, _ALIGNMENT)
-    vectors = {name: vector.copy() for name, vector in weights.vectors.items()}  # lest they keep the file mapped
-    return MappedWeights(weights.origin, weights.forms, matrices, vectors)
 
 
 class PackWriter:
