@@ -40,6 +40,7 @@ class ServerConfig:
     # Engine. 0 and "auto" mean: chosen from the model and the machine.
     backend: BackendName = "auto"
     kv_dtype: KvDtype = "auto"  # how keys and values are kept
+    activation_bits: Literal[8, 16] = 8  # of what meets quantised weights on the native back end
     block_size: int = 16
     num_blocks: int = 0
     kv_cache_bytes: int = 0
@@ -138,6 +139,8 @@ def _problems(config: ServerConfig) -> list[str]:
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             problems.append(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}")
+    if config.activation_bits not in (8, 16):
+        problems.append("activation_bits must be 8 or 16")
     if config.default_deadline > config.max_deadline:
         problems.append("default_deadline must not be over max_deadline")
     return problems

@@ -62,6 +62,7 @@ def _build_native(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Ca
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_logit_rows=config.max_logit_rows,
             kv_dtype=kv_dtype,
+            activation_bits=load.activation_bits,
         )
     except ValueError as error:
         raise ModelError(f"the native back end cannot run this model ({error}); --backend torch can") from None

@@ -7,7 +7,7 @@ frame over MAX_FRAME_BYTES or of an unknown shape ends the connection: the two e
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 from headrace.engine.types import EngineStats, SequenceOutput, SequenceRequest
@@ -41,6 +41,7 @@ class Load(msgspec.Struct, frozen=True, tag="load", forbid_unknown_fields=True):
     enable_prefix_cache: bool
     backend: str = "auto"
     kv_dtype: str = "auto"
+    activation_bits: Literal[8, 16] = 8
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", forbid_unknown_fields=True):

@@ -159,6 +159,7 @@ class ModelHost:
             enable_prefix_cache=config.enable_prefix_cache,
             backend=config.backend,
             kv_dtype=config.kv_dtype,
+            activation_bits=config.activation_bits,
         )
 
     @staticmethod

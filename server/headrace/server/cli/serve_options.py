@@ -52,6 +52,17 @@ KvDtype = Annotated[
         help="How keys and values are kept: less memory, more tokens. auto: fp16; fp32 with torch.",
     ),
 ]
+ActivationBits = Annotated[
+    int,
+    typer.Option(
+        "--activation-bits",
+        envvar="HEADRACE_ACTIVATION_BITS",
+        rich_help_panel=_ENGINE,
+        min=8,
+        max=16,
+        help="Precision of what meets quantised weights: 8, or 16: the tokens of a float32 model, slower in batches.",
+    ),
+]
 MaxNumSeqs = Annotated[
     int,
     typer.Option(
