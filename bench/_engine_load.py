@@ -57,8 +57,14 @@ class EngineLoad:
     """Runs workloads on one engine, one after the other."""
 
     def __init__(self, engine: Engine) -> None:
+        self.step_seconds = 0.0  # in Engine.step
         self._engine = engine
         self._next_id = 1
+
+    @property
+    def native_seconds(self) -> float | None:
+        """Of those, in C++; None with a back end that does not say."""
+        return getattr(self._engine._executor, "native_seconds", None)
 
     def run(self, workload: Workload, planned: Sequence[PlannedRequest]) -> list[Record]:
         """Sends everything and returns what was seen, in the order of the plan."""
@@ -90,8 +96,10 @@ class EngineLoad:
         return record
 
     def _step(self, live: dict[int, Record]) -> None:
+        begin = time.monotonic()
         outputs = self._engine.step()
         now = time.monotonic()
+        self.step_seconds += now - begin
         for output in outputs:
             live[output.id].add(now, len(output.tokens))
             if output.finish is not None:

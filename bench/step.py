@@ -3,6 +3,7 @@
 python bench/step.py                       decode at 1 .. 32 rows, prefill of 256 and 1024 tokens
 python bench/step.py --profile --rows 1    where the time of a step goes, op by op
 python bench/step.py --isa avx2,generic    instruction sets one after the other, interleaved round by round
+python bench/step.py --hog                 each round again beside a busy process, and what that costs
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.3, help="at least this long per case and round")
     parser.add_argument("--profile", action="store_true", help="measure every op (slows one row by some percent)")
+    parser.add_argument("--hog", action="store_true", help="measure each round beside a busy loop too")
     parser.add_argument("--save", action="store_true", help="append the JSON line to bench/results/")
     options = parser.parse_args()
     if options.profile:
@@ -117,14 +123,15 @@ def _measure(case: Case, executors: list[NativeExecutor], options: argparse.Name
     python: dict[str, list[float]] = defaultdict(list)
     for executor in executors:
         _fill(executor, case)
+    ratios: dict[str, list[float]] = defaultdict(list)
     for _ in range(options.rounds):
         for executor in executors:
-            end = time.perf_counter() + options.seconds
-            while time.perf_counter() < end:
-                before = time.perf_counter()
-                for batch in batches:
-                    executor.execute(batch)
-                times[executor.name].append(time.perf_counter() - before)
+            alone = _run(executor, batches, options.seconds)
+            times[executor.name] += alone
+            if options.hog:
+                with _hog():
+                    beside = _run(executor, batches, options.seconds)
+                ratios[executor.name].append(statistics.fmean(beside) / statistics.fmean(alone))
     for executor in executors:
         python[executor.name] = [_python_seconds(executor, batches[-1]) for _ in range(200)]
     results = []
@@ -135,12 +142,38 @@ def _measure(case: Case, executors: list[NativeExecutor], options: argparse.Name
             f"{executor.name:18} {case.name:30} {best * 1e3:8.2f} ms best {median * 1e3:8.2f} median "
             f"{case.tokens / best:7.0f} {case.tokens / median:7.0f} tok/s   python {cost * 1e6:4.0f} us"
         )
+        if options.hog:
+            print(f"    mean step beside a busy process: {statistics.median(ratios[executor.name]):.2f}x")
         if options.profile:
             _print_profile(executor)
         row = {"executor": executor.name, "case": case.name, "best_ms": round(best * 1e3, 3)}
         row |= {"median_ms": round(median * 1e3, 3), "tokens_per_second": round(case.tokens / median, 1)}
+        row["beside_a_hog"] = round(statistics.median(ratios[executor.name]), 3) if options.hog else None
         results.append(row | {"runs": len(times[executor.name]), "python_us": round(cost * 1e6, 1)})
     return results
+
+
+def _run(executor: NativeExecutor, batches: list[StepBatch], seconds: float) -> list[float]:
+    """Seconds of each repetition, for at least that long."""
+    times = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        before = time.perf_counter()
+        for batch in batches:
+            executor.execute(batch)
+        times.append(time.perf_counter() - before)
+    return times
+
+
+@contextmanager
+def _hog() -> Iterator[None]:
+    """A process of our own priority that never waits."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            time.sleep(0.05)
+            yield
+        finally:
+            process.kill()
 
 
 def _prefill(case: Case) -> list[StepBatch]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class NativeExecutor:
     weights: one per `program.weights`, of that shape, or packed ones; ValueError otherwise. num_blocks, block_size: the
     KV blocks, whose memory is taken from the system when it is first written. num_threads: of this executor's own,
     None: one per usable CPU. activation_bits: precision of the activations that meet quantised weights; the output
-    head's have 16. test_fault: see HrExecutorConfig.
+    head's have 16. test_fault: see HrExecutorConfig. native_seconds: spent in the steps of C++ so far.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class NativeExecutor:
         self._close = weakref.finalize(self, self._library.hr_executor_destroy, self._handle)
         self._kinds = encoded.kinds
         self._name = f"native-{self._library.hr_executor_isa(self._handle).decode()}"
+        self.native_seconds = 0.0
         self._batch = _StepStruct()
         self._batch_reference = ctypes.byref(self._batch)
 
@@ -200,7 +202,10 @@ class NativeExecutor:
         struct.num_seqs = num_seqs
         struct.num_logits = len(batch.logit_rows)
         struct.block_table_width = width
-        if self._library.hr_executor_run(self._handle, self._batch_reference):
+        begin = time.perf_counter()
+        failed = self._library.hr_executor_run(self._handle, self._batch_reference)
+        self.native_seconds += time.perf_counter() - begin
+        if failed:
             raise ValueError(library.last_error())
 
 
