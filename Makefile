@@ -29,7 +29,7 @@ export HEADRACE_NO_NATIVE := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test native native-sanitize native-neon check lint types bench protos docs clean
+.PHONY: help setup serve demo test native native-sanitize native-neon check lint types bench bench-peers protos docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +92,10 @@ bench: $(NATIVE) $(DEV) ## print the benches: latencies over gRPC, the engine al
 	$(BIN)/python bench/serve.py $(ARGS)
 	$(BIN)/python bench/engine.py $(ARGS)
 	$(BIN)/python bench/overhead.py $(ARGS)
+
+bench-peers: $(NATIVE) $(DEV) ## against llama.cpp and others, side by side; first ARGS=--install (5 GB in the cache)
+	@$(BIN)/headrace pull
+	$(BIN)/python bench/peers/run.py $(ARGS)
 
 protos: $(DEV) ## generate the code of protos/
 	rm -f protos/headrace/v1/*_pb2*.py*
