@@ -89,7 +89,7 @@ class SyntheticSteps {
     }
     phase_ = 0;
     is_over_.store(false, std::memory_order_relaxed);
-    units_.open(steps_.units, false);
+    units_.open(steps_.units, Units::kEven);
     changes_.advance();
     share_all(0);
   }
@@ -120,7 +120,7 @@ class SyntheticSteps {
       work(phase_, range.begin, range.end, thread);
       if (!units_.finish(range)) continue;
       if (++phase_ < steps_.phases)
-        units_.open(steps_.units, false);
+        units_.open(steps_.units, Units::kEven);
       else
         is_over_.store(true, std::memory_order_release);
       changes_.advance();

@@ -170,8 +170,9 @@ void Executor::open_next(int thread) {
     stage_++;
     if (stage_ == num_stages_) break;
     const int units = units_of(stage_);
-    if (units > (is_coarse(stage_) ? kColumns : 1)) {
-      units_.open(units, is_coarse(stage_));
+    const Units::Kind kind = kind_of(stage_);
+    if (units > (kind == Units::kCoarse ? kColumns : 1)) {
+      units_.open(units, kind);
       changes_.advance();
       return;
     }
@@ -191,12 +192,21 @@ int Executor::units_of(int stage) const {
   return rows;
 }
 
-// Stages whose units are rows and cheap: four rows of quantised activations share cache lines.
-bool Executor::is_coarse(int stage) const {
-  if (stage < num_ropes_) return true;
-  if (stage == num_stages_ - 1) return false;
-  const HrOpKind kind = program_.ops[(size_t)(stage - num_ropes_)].kind;
-  return kind != HR_LINEAR && kind != HR_ATTENTION && kind != HR_ROPE_KV && kind != HR_SOFT_CAP;
+// Coarse are stages whose units are rows and cheap: four rows of quantised activations share cache lines. Attention's
+// items see few keys or many; in shares of a thread, one got three quarters of the work of a prompt's attention.
+Units::Kind Executor::kind_of(int stage) const {
+  if (stage < num_ropes_) return Units::kCoarse;
+  if (stage == num_stages_ - 1) return Units::kEven;
+  switch (program_.ops[(size_t)(stage - num_ropes_)].kind) {
+    case HR_ATTENTION:
+      return Units::kUneven;
+    case HR_LINEAR:
+    case HR_ROPE_KV:
+    case HR_SOFT_CAP:
+      return Units::kEven;
+    default:
+      return Units::kCoarse;
+  }
 }
 
 void Executor::run_stage(int stage, const Range& range, int thread) {

@@ -34,7 +34,7 @@ class Executor {
   void run_stage(int stage, const Range& range, int thread);
   void run_op(const Op& op, const Range& range, int thread);
   int units_of(int stage) const;
-  bool is_coarse(int stage) const;
+  Units::Kind kind_of(int stage) const;
   void note_time(int stage);
 
   Program& program_;

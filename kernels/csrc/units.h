@@ -22,6 +22,7 @@ namespace headrace {
 class Units {
  public:
   static constexpr int kMost = INT32_MAX / 2;
+  static constexpr int kUnevenShares = 8;
 
   struct Range {
     int begin, end;
@@ -29,11 +30,15 @@ class Units {
     int size() const { return end - begin; }
   };
 
-  // Open the next op. Called when all units of the one before are finished, by one thread. is_coarse: ranges are
-  // multiples of kColumns rows. Release: who takes a unit sees what was written before.
-  void open(int units, bool is_coarse) {
+  // What the units of an op are like: kCoarse, ranges are multiples of kColumns rows; kUneven, some units are far more
+  // work than others, the most first, so that even the first range must be a small part of all.
+  enum Kind { kEven = 0, kUneven = 1, kCoarse = 2 };
+
+  // Open the next op. Called when all units of the one before are finished, by one thread. Release: who takes a unit
+  // sees what was written before.
+  void open(int units, Kind kind) {
     finished_.store(0, std::memory_order_relaxed);
-    word_.store((uint64_t)is_coarse << 63 | (uint64_t)units << 32, std::memory_order_release);
+    word_.store((uint64_t)kind << 62 | (uint64_t)units << 32, std::memory_order_release);
   }
 
   // The next units, one in `shares` of what is left: ranges are long at first, for streaming, and short at the end, for
@@ -42,10 +47,11 @@ class Units {
   bool take(int shares, Range& range) {
     uint64_t word = word_.load(std::memory_order_acquire);
     for (;;) {
-      const int units = (int)(word >> 32 & INT32_MAX), begin = (int)(uint32_t)word;
-      const int grain = word >> 63 ? kColumns : 1;
+      const int units = (int)(word >> 32 & INT32_MAX / 2), begin = (int)(uint32_t)word;
+      const Kind kind = (Kind)(word >> 62);
+      const int grain = kind == kCoarse ? kColumns : 1;
       if (begin >= units) return false;
-      int size = (units - begin) / shares / grain * grain;
+      int size = (units - begin) / (kind == kUneven ? kUnevenShares * shares : shares) / grain * grain;
       if (size < grain) size = grain;
       const int end = units - begin <= size ? units : begin + size;
       if (word_.compare_exchange_weak(word, word + (uint64_t)(end - begin), std::memory_order_acq_rel,
@@ -63,7 +69,7 @@ class Units {
   }
 
  private:
-  // Bits 0-31: units taken; 32-62: units; 63: is_coarse.
+  // Bits 0-31: units taken; 32-61: units; 62-63: kind.
   alignas(kAlign) std::atomic<uint64_t> word_{0};
   alignas(kAlign) std::atomic<int> finished_{0};
 };
