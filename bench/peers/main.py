@@ -1,7 +1,7 @@
 """The peers bench: what to run, where, and what becomes of the results. Started by `run.py`.
 
-Without a mode it fills the table of docs/PERFORMANCE.md. Results go to bench/results/peers*.jsonl, the table and the
-plots to docs; --no-save prints them only.
+Without a mode it fills the tables of docs/PERFORMANCE.md and README.md. Results go to bench/results/peers*.jsonl, tables
+and plots to docs; --no-save prints them only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bench.peers.offline import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "PERFORMANCE.md"
+README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "performance.svg"  # on AVX2, which the targets are for
 
 
@@ -120,6 +121,8 @@ def _table(options: argparse.Namespace, gguf: Path, place: Place) -> None:
     every = _in_order(report.read_lines(RESULTS / "peers.jsonl", place.isa))
     _write_page(f"table {place.isa}", _table_section(every))
     is_target = place.isa == "avx2" or not any("avx512" in name for name in facts["machine"]["simd"])
+    if is_target:
+        README.write_text(report.replace_between(README.read_text(), "table", ["", *report.table(every), ""]))
     (PLOT if is_target else PLOT.with_stem(f"performance-{place.isa}")).write_text(
         plots.bars(every, f"Headrace beside its peers, {gguf.stem}, {place.threads} cores, {place.isa} instructions")
     )
