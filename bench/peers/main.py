@@ -1,7 +1,7 @@
 """The peers bench: what to run, where, and what becomes of the results. Started by `run.py`.
 
-Without a mode it fills the tables of docs/PERFORMANCE.md and README.md. Results go to bench/results/peers*.jsonl, tables
-and plots to docs; --no-save prints them only.
+Without a mode it fills the tables of docs/PERFORMANCE.md and README.md. Results go to bench/results/peers*.jsonl, plots
+to docs; --no-save prints only.
 """
 
 from __future__ import annotations

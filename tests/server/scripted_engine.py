@@ -81,7 +81,7 @@ def build(step_seconds: float, load_seconds: float) -> engine_main.Build:
             enable_prefix_cache=load.enable_prefix_cache,
             vocab_size=VOCAB_SIZE,
         )
-        return engine_main.Built(Engine(CountingExecutor(step_seconds), config), "counting", config.max_sequence_len)
+        return engine_main.Built(Engine(CountingExecutor(step_seconds), config), "counting", 1, config.max_sequence_len)
 
     return _build
 

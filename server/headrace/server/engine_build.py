@@ -33,6 +33,7 @@ class Built:
 
     engine: Engine
     backend: str
+    num_threads: int
     max_model_len: int
 
 
@@ -52,13 +53,14 @@ def _build_native(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Ca
     model = load_packed(Path(load.path), on_progress)
     log.info("weights: %s", model.origin)
     config = _engine_config(load, model.program, model.info, kv_dtype)
+    num_threads = _num_threads(load)
     try:
         executor = NativeExecutor(
             model.program,
             model.weights,
             num_blocks=config.num_blocks,
             block_size=config.block_size,
-            num_threads=load.num_threads or hardware.choose_threads(hardware.detect_machine()).count,
+            num_threads=num_threads,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_logit_rows=config.max_logit_rows,
             kv_dtype=kv_dtype,
@@ -66,7 +68,7 @@ def _build_native(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Ca
         )
     except ValueError as error:
         raise ModelError(f"the native back end cannot run this model ({error}); --backend torch can") from None
-    return Built(Engine(executor, config), executor.name, config.max_sequence_len)
+    return Built(Engine(executor, config), executor.name, num_threads, config.max_sequence_len)
 
 
 def _build_torch(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Callable[[float], None]) -> Built:
@@ -74,14 +76,19 @@ def _build_torch(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Cal
 
     model = load_model(Path(load.path), on_progress)
     config = _engine_config(load, model.program, model.info, kv_dtype)
+    num_threads = _num_threads(load)
     executor = TorchExecutor(
         model.program,
         model.weights,
         num_blocks=config.num_blocks,
         block_size=config.block_size,
-        num_threads=load.num_threads or None,
+        num_threads=num_threads,
     )
-    return Built(Engine(executor, config), executor.name, config.max_sequence_len)
+    return Built(Engine(executor, config), executor.name, num_threads, config.max_sequence_len)
+
+
+def _num_threads(load: frames.Load) -> int:
+    return load.num_threads or hardware.choose_threads(hardware.detect_machine()).count
 
 
 def _engine_config(

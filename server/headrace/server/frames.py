@@ -102,6 +102,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", forbid_unknown_fields=True
     """The engine answers from now on."""
 
     backend: str
+    num_threads: int
     max_model_len: int
     stats: EngineStats
 

@@ -30,11 +30,9 @@ def demo(
 ) -> None:
     """Start a server, stream one chat answer from it, print its speed and the engine's choices, stop it."""
     from headrace.server.cli import running
-    from headrace.server.cli.hardware import choose_threads, detect_machine
     from headrace.server.config import ServerConfig
 
-    threads = choose_threads(detect_machine()).count
-    wanted = ServerConfig(model=model, port=0, backend=backend, num_threads=threads, lame_duck=0.0)
+    wanted = ServerConfig(model=model, port=0, backend=backend, lame_duck=0.0)
     config = running.fetch(wanted)
     sampling = options.make_sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     _quieten()

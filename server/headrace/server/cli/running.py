@@ -82,7 +82,8 @@ def print_ready(server: RunningServer) -> None:
 def choices(server: RunningServer) -> list[tuple[str, str]]:
     """What was chosen for the model and the engine, as (what, value) lines for people."""
     host, config = server.host, server.config
-    threads = str(config.num_threads) if config.num_threads else "the back end's choice"
+    ready = host.supervisor.ready
+    threads = str(ready.num_threads) if ready is not None else "not known yet"
     rows = [("back end", host.backend), ("threads", threads)]
     if host.info is not None:
         info = host.info

@@ -43,7 +43,7 @@ def serve(
 
     engine = spawn_engine()  # first of all: it imports what it needs while we do
     with engine.socket:
-        from headrace.server.cli import hardware, running
+        from headrace.server.cli import running
         from headrace.server.config import ServerConfig
 
         config = ServerConfig(
@@ -51,7 +51,7 @@ def serve(
             model_name=name,
             host=host,
             port=port,
-            num_threads=threads or hardware.choose_threads(hardware.detect_machine()).count,
+            num_threads=threads,
             backend=backend,
             kv_dtype=kv_dtype,
             activation_bits=16 if activation_bits == 16 else 8,
