@@ -40,7 +40,7 @@ class ServerConfig:
     # Engine. 0 and "auto" mean: chosen from the model and the machine.
     backend: BackendName = "auto"
     kv_dtype: KvDtype = "auto"  # how keys and values are kept
-    activation_bits: Literal[8, 16] = 8  # of what meets quantised weights on the native back end
+    activation_bits: int = 8  # 8 or 16: of what meets quantised weights on the native back end
     block_size: int = 16
     num_blocks: int = 0
     kv_cache_bytes: int = 0

@@ -159,7 +159,7 @@ class ModelHost:
             enable_prefix_cache=config.enable_prefix_cache,
             backend=config.backend,
             kv_dtype=config.kv_dtype,
-            activation_bits=config.activation_bits,
+            activation_bits=16 if config.activation_bits == 16 else 8,
         )
 
     @staticmethod

@@ -22,6 +22,13 @@ class SpawnedEngine:
     process: subprocess.Popen[bytes]
     socket: socket.socket
 
+    def close(self) -> None:
+        """End it, where the supervisor has not done so already."""
+        self.socket.close()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
 
 def spawn_engine(command: Sequence[str] = ENGINE_COMMAND) -> SpawnedEngine:
     """Spawned, never forked: gRPC's threads do not survive a fork."""

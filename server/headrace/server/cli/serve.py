@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from headrace.server.cli import serve_options as option
 
 
@@ -41,8 +43,7 @@ def serve(
     """
     from headrace.server.spawn import spawn_engine
 
-    engine = spawn_engine()  # first of all: it imports what it needs while we do
-    with engine.socket:
+    with closing(spawn_engine()) as engine:  # first of all: it imports what it needs while we do
         from headrace.server.cli import running
         from headrace.server.config import ServerConfig
 
@@ -54,7 +55,7 @@ def serve(
             num_threads=threads,
             backend=backend,
             kv_dtype=kv_dtype,
-            activation_bits=16 if activation_bits == 16 else 8,
+            activation_bits=activation_bits,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
