@@ -146,10 +146,10 @@ class NativeExecutor:
             raise ValueError(f"{len(batch.logit_rows)} rows of logits, {len(batch.sampling)} to sample")
         arrays = sampling.encode(batch.sampling, self._program.vocab_size)
         struct = self._batch
-        struct.samplings = _address(arrays.rows)
+        struct.samplings = arrays.rows.ctypes.data
         struct.sampling_ids = _address(arrays.token_ids)
         struct.bias_values = _address(arrays.bias_values)
-        struct.results = _address(arrays.results)
+        struct.results = arrays.results.ctypes.data
         struct.top_ids = _address(arrays.top_ids)
         struct.top_logprobs = _address(arrays.top_logprobs)
         struct.num_sampling_ids = len(arrays.token_ids)
@@ -234,7 +234,7 @@ def _label(op: object) -> str:
 
 
 def _address(array: npt.NDArray[np.generic]) -> int:
-    address: int = array.__array_interface__["data"][0]  # a third of the time of array.ctypes.data
+    address: int = array.__array_interface__["data"][0]  # a third of the time of array.ctypes.data, but for records
     return address
 
 
