@@ -193,13 +193,18 @@ int Executor::units_of(int stage) const {
 }
 
 // Coarse are stages whose units are rows and cheap: four rows of quantised activations share cache lines. Attention's
-// items see few keys or many; in shares of a thread, one got three quarters of the work of a prompt's attention.
+// items, the largest first, can be uneven: queries late in a prompt see more keys than early ones, and in a share per
+// thread one thread got three quarters of the work. Even ones stay in long ranges, in which each item fetches the next.
 Units::Kind Executor::kind_of(int stage) const {
   if (stage < num_ropes_) return Units::kCoarse;
   if (stage == num_stages_ - 1) return Units::kEven;
-  switch (program_.ops[(size_t)(stage - num_ropes_)].kind) {
-    case HR_ATTENTION:
-      return Units::kUneven;
+  const Op& op = program_.ops[(size_t)(stage - num_ropes_)];
+  switch (op.kind) {
+    case HR_ATTENTION: {
+      const AttentionPlan& plan = program_.plans[(size_t)op.plan]->plan;
+      return 8 * (int64_t)plan.items[0].work > 9 * (int64_t)plan.items[plan.num_items / 2].work ? Units::kUneven
+                                                                                                : Units::kEven;
+    }
     case HR_LINEAR:
     case HR_ROPE_KV:
     case HR_SOFT_CAP:
