@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import overload
@@ -30,6 +31,10 @@ from headrace.models.gguf_header import (
 )
 
 __all__ = ["GGUFFile", "MetaValue", "StringArray", "TensorInfo"]
+
+
+# Decoded together, but never all of a hostile array.
+_STRINGS_AT_ONCE = 4096
 
 
 class StringArray(Sequence[str]):
@@ -54,7 +59,18 @@ class StringArray(Sequence[str]):
         return decode_utf8(self._data, self._starts[i], self._starts[i + 1] - 8, f"{self._what}[{i}]")
 
     def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
+        for first in range(0, len(self), _STRINGS_AT_ONCE):
+            yield from self._run(first, min(first + _STRINGS_AT_ONCE, len(self)))
+
+    def _run(self, first: int, end: int) -> list[str]:
+        """Some strings at once: a vocabulary's 100,000 one by one take 0.1 s of every start."""
+        starts = self._starts[first : end + 1]
+        base = starts[0]
+        raw = self._data[base : starts[-1]]
+        try:
+            return [raw[a - base : b - base - 8].decode() for a, b in pairwise(starts)]
+        except UnicodeDecodeError:
+            return self[first:end]  # says which
 
 
 MetaValue = int | float | bool | str | Numbers | StringArray

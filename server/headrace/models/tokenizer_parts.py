@@ -63,14 +63,15 @@ def byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-_ALPHABET = byte_level_alphabet()
+# Characters that stand for a byte, as that byte's Latin-1 character; what else Latin-1 has, as one that it has not.
+_TO_LATIN_1 = dict.fromkeys(range(256), 0x100) | {ord(char): byte for char, byte in byte_level_alphabet().items()}
 
 
 def byte_level_bytes(text: str) -> bytes:
     """Bytes of a byte-level token; as in `tokenizers`, a text that leaves the alphabet stands for itself."""
     try:
-        return bytes([_ALPHABET[char] for char in text])
-    except KeyError:
+        return text.translate(_TO_LATIN_1).encode("latin-1")
+    except UnicodeEncodeError:
         return text.encode()
 
 
