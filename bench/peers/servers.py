@@ -94,7 +94,7 @@ class HeadraceServer(Server):
         command += ["--log-level", "warning", "--json"]
         variables = {**place.environment("headrace"), **(env or {})}
         process = PinnedProcess("headrace serve", command, place.cpus, variables, piped=False)
-        super().__init__(process, port, _grpc_serves, 120.0)
+        super().__init__(process, port, _GrpcHealth(), 120.0)
 
     def _send(self, workload: Workload, planned: Sequence[PlannedRequest]) -> list[Record]:
         async def run() -> list[Record]:
@@ -166,13 +166,24 @@ def _http_serves(port: int) -> bool:
     return False
 
 
-def _grpc_serves(port: int) -> bool:
-    """Whether health says SERVING. A plain connect first: a channel would back off after a failure."""
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=2.0).close()
-    except OSError:
-        return False
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, suppress(grpc.RpcError):
-        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2.0)
-        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
-    return False
+class _GrpcHealth:
+    """Whether health says SERVING. A plain connect first, as a channel backs off after a failure; then one channel for
+    all checks: making one takes more of the cores that are being measured than a check does."""
+
+    def __init__(self) -> None:
+        self._channel: grpc.Channel | None = None
+
+    def __call__(self, port: int) -> bool:
+        if self._channel is None:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=2.0).close()
+            except OSError:
+                return False
+            self._channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+        is_serving = False
+        with suppress(grpc.RpcError):
+            reply = health_pb2_grpc.HealthStub(self._channel).Check(health_pb2.HealthCheckRequest(), timeout=2.0)
+            is_serving = reply.status == health_pb2.HealthCheckResponse.SERVING
+        if is_serving:
+            self._channel.close()
+        return is_serving
