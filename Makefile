@@ -93,7 +93,7 @@ bench: $(NATIVE) $(DEV) ## print the benches: latencies over gRPC, the engine al
 	$(BIN)/python bench/engine.py $(ARGS)
 	$(BIN)/python bench/overhead.py $(ARGS)
 
-bench-peers: $(NATIVE) $(DEV) ## against llama.cpp and others, side by side; first ARGS=--install (5 GB in the cache)
+bench-peers: $(NATIVE) $(DEV) ## against llama.cpp and others, side by side; first ARGS=--install (9 GB in the cache)
 	@$(BIN)/headrace pull
 	$(BIN)/python bench/peers/run.py $(ARGS)
 
