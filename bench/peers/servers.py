@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Memory:
     pss: int
 
 
-class Server:
+class Server(ABC):
     """A started server. `load_seconds`: from the start of the process to its health check saying that it serves."""
 
     def __init__(self, process: PinnedProcess, port: int, is_serving: Callable[[int], bool], wait: float) -> None:
@@ -80,8 +81,9 @@ class Server:
     def close(self) -> None:
         self._process.close()
 
+    @abstractmethod
     def _send(self, workload: Workload, planned: Sequence[PlannedRequest]) -> list[Record]:
-        raise NotImplementedError
+        """Sends the requests; what was seen of each, in the order of the plan."""
 
 
 class HeadraceServer(Server):
