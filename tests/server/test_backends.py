@@ -129,3 +129,12 @@ def test_threads_are_those_that_can_run_at_once(
     threads = hardware.choose_threads(machine)
     assert threads.count == count
     assert why in threads.why
+
+
+@pytest.mark.parametrize(
+    ("backend", "wanted", "budget"),
+    [("native", 0, 192), ("native-avx2", 0, 192), ("torch", 0, 512), ("native", 64, 64)],
+)
+def test_a_step_has_room_for_a_token_of_every_sequence(backend: str, wanted: int, budget: int) -> None:
+    assert backends.token_budget(backend, wanted, 64) == budget
+    assert backends.token_budget(backend, 0, 4096) >= 4096

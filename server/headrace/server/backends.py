@@ -72,6 +72,17 @@ def choose_kv_dtype(backend: str, wanted: str) -> KvDtype:
     return chosen[wanted]
 
 
+def token_budget(backend: str, wanted: int, max_num_seqs: int) -> int:
+    """Tokens of one step (EngineConfig.max_num_batched_tokens); wanted 0: what suits the back end.
+
+    On a CPU a step of 128 prompt tokens is already as fast per token as a longer one (docs/LOG.md), and every stream
+    waits for the whole step: prompts go in chunks of about 128, with room for a token of every running sequence.
+    """
+    if wanted:
+        return wanted
+    return 128 + max_num_seqs if backend.startswith("native") else max(512, max_num_seqs)
+
+
 def kv_block_bytes(program: StepProgram, block_size: int, dtype: KvDtype) -> int:
     """Bytes of one KV block of `block_size` tokens, all layers together, K and V."""
     total = 0

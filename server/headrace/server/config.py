@@ -44,7 +44,7 @@ class ServerConfig:
     block_size: int = 16
     num_blocks: int = 0
     kv_cache_bytes: int = 0
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int = 0
     max_num_seqs: int = 64
     max_model_len: int = 0
     num_threads: int = 0
@@ -95,7 +95,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("block_size", 1, 256),
     ("num_blocks", 0, 1 << 24),
     ("kv_cache_bytes", 0, 1 << 44),
-    ("max_num_batched_tokens", 1, 65536),
+    ("max_num_batched_tokens", 0, 65536),
     ("max_num_seqs", 1, 4096),
     ("max_model_len", 0, 1 << 20),
     ("num_threads", 0, 1024),

@@ -52,7 +52,7 @@ def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Bui
 def _build_native(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Callable[[float], None]) -> Built:
     model = load_packed(Path(load.path), on_progress)
     log.info("weights: %s", model.origin)
-    config = _engine_config(load, model.program, model.info, kv_dtype)
+    config = _engine_config("native", load, model.program, model.info, kv_dtype)
     num_threads = _num_threads(load)
     try:
         executor = NativeExecutor(
@@ -75,7 +75,7 @@ def _build_torch(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Cal
     from headrace.kernels.torch_executor import TorchExecutor
 
     model = load_model(Path(load.path), on_progress)
-    config = _engine_config(load, model.program, model.info, kv_dtype)
+    config = _engine_config("torch", load, model.program, model.info, kv_dtype)
     num_threads = _num_threads(load)
     executor = TorchExecutor(
         model.program,
@@ -92,14 +92,14 @@ def _num_threads(load: frames.Load) -> int:
 
 
 def _engine_config(
-    load: frames.Load, program: StepProgram, info: ModelInfo, kv_dtype: backends.KvDtype
+    backend: str, load: frames.Load, program: StepProgram, info: ModelInfo, kv_dtype: backends.KvDtype
 ) -> EngineConfig:
     context = info.context_length
     block_bytes = backends.kv_block_bytes(program, load.block_size, kv_dtype)
     return EngineConfig(
         block_size=load.block_size,
         num_blocks=load.num_blocks or max(2, (load.kv_cache_bytes or _DEFAULT_KV_BYTES) // block_bytes),
-        max_num_batched_tokens=load.max_num_batched_tokens,
+        max_num_batched_tokens=backends.token_budget(backend, load.max_num_batched_tokens, load.max_num_seqs),
         max_num_seqs=load.max_num_seqs,
         max_logit_rows=max(_MIN_LOGIT_ROWS, load.max_num_seqs),
         max_model_len=min(load.max_model_len or context, context),

@@ -81,6 +81,8 @@ def print_ready(server: RunningServer) -> None:
 
 def choices(server: RunningServer) -> list[tuple[str, str]]:
     """What was chosen for the model and the engine, as (what, value) lines for people."""
+    from headrace.server import backends
+
     host, config = server.host, server.config
     ready = host.supervisor.ready
     threads = str(ready.num_threads) if ready is not None else "not known yet"
@@ -94,7 +96,8 @@ def choices(server: RunningServer) -> list[tuple[str, str]]:
         blocks = host.supervisor.ready.stats.num_total_blocks
         tokens = blocks * config.block_size
         rows.append(("KV cache", f"{blocks} blocks of {config.block_size} tokens: {tokens} tokens"))
-    rows.append(("step", f"up to {config.max_num_seqs} sequences and {config.max_num_batched_tokens} tokens"))
+    budget = backends.token_budget(host.backend, config.max_num_batched_tokens, config.max_num_seqs)
+    rows.append(("step", f"up to {config.max_num_seqs} sequences and {budget} tokens"))
     return rows
 
 

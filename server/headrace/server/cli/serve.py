@@ -15,7 +15,7 @@ def serve(
     threads: option.Threads = 0,
     backend: option.Backend = "auto",
     max_num_seqs: option.MaxNumSeqs = 64,
-    max_num_batched_tokens: option.MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: option.MaxNumBatchedTokens = 0,
     max_model_len: option.MaxModelLen = 0,
     kv_cache_tokens: option.KvCacheTokens = 0,
     kv_dtype: option.KvDtype = "auto",

@@ -75,7 +75,7 @@ MaxNumBatchedTokens = Annotated[
         "--max-num-batched-tokens",
         envvar="HEADRACE_MAX_NUM_BATCHED_TOKENS",
         rich_help_panel=_ENGINE,
-        help="Token budget of a step: more fills prompts faster, less keeps streams even.",
+        help="Token budget of a step: more fills prompts faster, less keeps streams even. 0: what suits the back end.",
     ),
 ]
 MaxModelLen = Annotated[
