@@ -43,6 +43,14 @@ class Memory:
     pss: int
 
 
+@dataclass(frozen=True)
+class Load:
+    """A closed loop's figures. steady: without the first request of each stream, which all arrive in one instant."""
+
+    all: Summary
+    steady: Summary
+
+
 class Server(ABC):
     """A started server. `load_seconds`: from the start of the process to its health check saying that it serves."""
 
@@ -59,13 +67,13 @@ class Server(ABC):
             time.sleep(_POLL_SECONDS)
         self.load_seconds = time.perf_counter() - process.begin
 
-    def load(self, workload: Workload, vocab_size: int) -> Summary:
+    def load(self, workload: Workload, vocab_size: int) -> Load:
         """One run of the workload. Raises PeerError where a request failed."""
         records = self._send(workload, workload.plan(vocab_size))
         summary = summarise(records, Slo())
         if summary.num_failed:
             raise PeerError(f"{self._process.name}: {summary.num_failed} requests failed: {summary.failures}")
-        return summary
+        return Load(summary, summarise(records[workload.concurrency :], Slo()))
 
     def memory(self) -> Memory:
         root = psutil.Process(self._process.process.pid)
