@@ -49,7 +49,7 @@ ROWS = (
     Row("serve_16_vs_vllm_cpu", "served, 16 streams", "serve_16", (VLLM,), "tok/s", 2.2, 3.5),
     Row("ttft_p50_16_vs_best", "TTFT p50 in that load", "ttft_p50_16", _SERVERS, "ms", 0.35, 0.2, True),
     Row("ttft_p99_16_vs_best", "TTFT p99 in that load", "ttft_p99_16", _SERVERS, "ms", 0.35, 0.2, True),
-    Row("ttft_p99_16_steady_vs_best", "TTFT p99, first wave over", "ttft_p99_16_steady", _SERVERS, "ms", 0.35, 0.2, True),
+    Row("ttft_p99_16_steady_vs_best", "TTFT p99, later waves", "ttft_p99_16_steady", _SERVERS, "ms", 0.35, 0.2, True),
     Row("limit_1", "weights read at 1 stream", "limit_1", (BANDWIDTH,), "GB/s", 0.7, 0.9),
     Row("limit_32", "multiply-adds at 32 streams", "limit_32", (INT16_PEAK,), "G/s", 0.4, 0.6),
     Row("rss_vs_llama_server", "RSS of the service, 8,192 tokens of KV", "rss", (SERVER_Q4_1,), "MB", 1.5, 1.0, True),
