@@ -1,0 +1,93 @@
+"""A rewrite of its own: rows whose logits nobody wants leave before the last layer's MLP, not after it.
+
+In a prefill step most rows are only there for their keys and values: the last layer's MLP need not see them. It costs
+nothing: the gather of rows that stands before the output head moves up. Called by `lower.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from headrace.kernels.gpu.names import Names
+from headrace.kernels.gpu.ops import Attention, Embed, GpuOp, GpuProgram, Norm, Product, RopeKv, View, reads, writes
+from headrace.kernels.program import Add, Buffer, GatedActivation, SelectRows, SoftCap
+
+
+def select_rows_early(program: GpuProgram) -> GpuProgram:
+    """Move SelectRows up to the first place after the last attention where its input is all that is still needed."""
+    names = Names(program)
+    at = next((i for i, op in enumerate(program.ops) if isinstance(op, SelectRows)), None)
+    if at is None:
+        return program
+    select = program.ops[at]
+    assert isinstance(select, SelectRows)
+    begin = _earliest(program.ops, at, select.x, names)
+    segment = program.ops[begin:at]
+    if not segment or not names.is_dead(select.x, at + 1):
+        return program
+    renaming = _Renaming(program, select)
+    moved = [renaming.op(op) for op in segment]
+    ops = (*program.ops[:begin], select, *moved, *program.ops[at + 1 :])
+    return replace(
+        program,
+        ops=ops,
+        buffers=(*program.buffers, *renaming.buffers.values()),
+        views=(*program.views, *renaming.views.values()),
+    )
+
+
+def _earliest(ops: Sequence[GpuOp], at: int, x: str, names: Names) -> int:
+    """The first index from which on, up to `at`, no row looks at another and only x is read that was there before."""
+    best = at
+    needed: list[str] = [x]
+    for i in range(at - 1, -1, -1):
+        op = ops[i]
+        if isinstance(op, (Attention, RopeKv, Embed, SelectRows)) or (isinstance(op, Product) and op.rope_kv):
+            break
+        written = [names.columns(name) for name in writes(op)]
+        needed = [name for name in needed if not any(w.holds(names.columns(name)) for w in written)]
+        needed += [name for name in reads(op) if name not in needed]
+        if needed == [x]:
+            best = i
+    return best
+
+
+class _Renaming:
+    """Gives the buffers that a moved segment uses a twin with rows of logits; select.x becomes select.out."""
+
+    def __init__(self, program: GpuProgram, select: SelectRows) -> None:
+        self._old_buffers = {buffer.name: buffer for buffer in program.buffers}
+        self._old_views = {view.name: view for view in program.views}
+        self._select = select
+        self.buffers: dict[str, Buffer] = {}
+        self.views: dict[str, View] = {}
+
+    def name(self, name: str) -> str:
+        if name == self._select.x:
+            return self._select.out
+        new = f"{name}.selected"
+        view = self._old_views.get(name)
+        if view is not None:
+            self.views[new] = View(new, self.name(view.buffer), view.column, view.width)
+        else:
+            self.buffers[new] = Buffer(new, "logits", self._old_buffers[name].width)
+        return new
+
+    def op(self, op: GpuOp) -> GpuOp:
+        fields = dict(self._fields(op))
+        return replace(op, **fields)
+
+    def _fields(self, op: GpuOp) -> Iterator[tuple[str, str]]:
+        """The fields of `op` that name buffers, renamed."""
+        of = {
+            Norm: ("out", "x"),
+            Product: ("out", "x", "residual"),
+            Add: ("out", "a", "b"),
+            GatedActivation: ("out", "gate", "up"),
+            SoftCap: ("x",),
+        }
+        for field in of[type(op)]:  # type: ignore[index]
+            old = getattr(op, field)
+            if old is not None:
+                yield field, self.name(old)
