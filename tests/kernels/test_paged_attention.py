@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from headrace.kernels import paged_attention as op
 from headrace.kernels.batch import StepBatch
 from headrace.kernels.paged_attention import AttentionShape, kv_write, paged_attention, plan_attention
+from headrace.kernels.paged_attention import reference as op
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 CPU = torch.device("cpu")
