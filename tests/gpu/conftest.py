@@ -1,0 +1,55 @@
+"""Fixtures of the GPU kernels' tests. They need triton, which the main suite does not: `make gpu-gates` runs them.
+
+Three machines run the same tests (docs/KERNELS.md says what each proves):
+- TRITON_INTERPRET=1: the corrected interpreter of tests/gpu/interpreter, on CPU tensors;
+- `python -m ttsem.sanitize pytest ...`: Triton's own IR, executed on a CPU, which says that it is a CUDA device;
+- a GPU, where torch finds one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_not() -> str | None:
+    """Why no kernel can run in this process; None where one can."""
+    for name in ("torch", "triton"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+    if IS_INTERPRETED:
+        return None
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    return "no CUDA device, and TRITON_INTERPRET is not 1"
+
+
+WHY_NOT = _why_not()
+if WHY_NOT is not None:
+    collect_ignore_glob = ["*"]
+elif not IS_INTERPRETED:
+    collect_ignore = ["interpreter"]
+else:
+    from tests.gpu.interpreter import install
+
+    install()  # before any test module imports a kernel
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if WHY_NOT is not None:
+        terminalreporter.section("tests/gpu was NOT run")
+        terminalreporter.line(f"{WHY_NOT}; `make gpu-gates` sets up what the GPU kernels' tests need and runs them")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where tensors live: "cpu" under the interpreter, else "cuda"."""
+    return "cpu" if IS_INTERPRETED else "cuda"
