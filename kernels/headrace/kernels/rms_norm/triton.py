@@ -1,0 +1,141 @@
+"""RMSNorm on the GPU: rows or heads, with the residual added first and the output quantised where asked for.
+
+Called by the GPU executor for prefill (in decode the norm is a prologue of the product that follows).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from headrace.kernels.triton_convert import convert, scale_for
+
+QUANTIZED = (torch.int8, torch.uint8, torch.float8_e4m3fn)
+MAX_GROUP = 16384  # one program holds a whole group in registers
+
+
+@dataclass(frozen=True)
+class RmsNormConfig:
+    """rows: groups per program, a power of two. num_warps: warps per program."""
+
+    rows: int
+    num_warps: int
+
+
+def default_config(group: int) -> RmsNormConfig:
+    """A whole group per program, at most 16 elements a thread: a function of the width alone."""
+    block = triton.next_power_of_2(group)
+    rows = max(1, 1024 // block)
+    return RmsNormConfig(rows, min(16, max(1, rows * block // 512)))
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    group: int | None = None,
+    out_scale: torch.Tensor | None = None,
+    config: RmsNormConfig | None = None,
+) -> None:
+    """out = y / sqrt(mean(y^2) + eps) * weight over each group of columns; y = x, or x + residual, rounded and
+    written back to residual.
+
+    x, residual: [T, N * G] float16, bfloat16 or float32, rows of any stride. weight: [G]. out: [T, N * G] in a float
+    type (`x` itself is allowed), or with N = 1 in int8, float8_e4m3fn or uint8 (its bits) with out_scale float32 [T]:
+    one scale per row, out * out_scale being the value. A row with NaN or infinity gets a scale of NaN.
+    """
+    group = weight.shape[0] if group is None else group
+    _check(x, weight, out, residual, group, out_scale)
+    num_tokens, width = x.shape
+    groups_per_row = width // group
+    if num_tokens == 0:
+        return
+    config = default_config(group) if config is None else config
+    grid = (triton.cdiv(num_tokens * groups_per_row, config.rows),)
+    _rms_norm_kernel[grid](
+        x,
+        residual,
+        weight,
+        out,
+        out_scale,
+        num_tokens * groups_per_row,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        out.stride(0),
+        eps,
+        GROUP=group,
+        GROUPS_PER_ROW=groups_per_row,
+        ROWS=config.rows,
+        BLOCK=triton.next_power_of_2(group),
+        num_warps=config.num_warps,
+    )
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    residual: torch.Tensor | None,
+    group: int,
+    out_scale: torch.Tensor | None,
+) -> None:
+    if x.ndim != 2 or weight.shape != (group,) or x.shape[1] % group or group > MAX_GROUP:
+        raise ValueError(f"rms_norm: x {tuple(x.shape)} in groups of {group}, weight {tuple(weight.shape)}")
+    for name, tensor in (("out", out), ("residual", residual)):
+        if tensor is not None and (tensor.shape != x.shape or tensor.stride(1) != 1):
+            raise ValueError(f"rms_norm: {name} {tuple(tensor.shape)}, strides {tensor.stride()}: want x's shape")
+    if x.stride(1) != 1:
+        raise ValueError(f"rms_norm: x must be dense along a row, has strides {x.stride()}")
+    if (out.dtype in QUANTIZED) != (out_scale is not None):
+        raise ValueError(f"rms_norm: out_scale goes with a quantised out, out is {out.dtype}")
+    if out_scale is not None and (out_scale.shape != x.shape[:1] or out_scale.dtype != torch.float32):
+        raise ValueError(f"rms_norm: out_scale {tuple(out_scale.shape)} {out_scale.dtype}: want float32 [rows]")
+    if out_scale is not None and x.shape[1] != group:
+        raise ValueError("rms_norm: only whole rows are quantised, not heads")
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x,
+    residual,
+    weight,
+    out,
+    out_scale,
+    num_rows,
+    stride_x,
+    stride_residual,
+    stride_out,
+    eps,
+    GROUP: tl.constexpr,
+    GROUPS_PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    token = (row // GROUPS_PER_ROW).to(tl.int64)
+    inside = (row % GROUPS_PER_ROW * GROUP)[:, None] + column[None, :]
+    mask = (row < num_rows)[:, None] & (column < GROUP)[None, :]
+    y = tl.load(x + token[:, None] * stride_x + inside, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        place = residual + token[:, None] * stride_residual + inside
+        y += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        # The norm sees what later layers will read, so a fused path and this one agree.
+        stored = y.to(residual.dtype.element_ty)
+        tl.store(place, stored, mask=mask)
+        y = stored.to(tl.float32)
+    sum_of_squares = tl.sum(y * y, axis=1)
+    w = tl.load(weight + column, mask=column < GROUP, other=0.0).to(tl.float32)
+    y = y * tl.rsqrt(sum_of_squares / GROUP + eps)[:, None] * w[None, :]
+    if out_scale is not None:
+        scale = scale_for(tl.max(tl.abs(y), axis=1), out.dtype.element_ty)
+        y = y / scale[:, None]
+        # Times zero: NaN where the sum is not finite. Integers could not tell.
+        tl.store(out_scale + row, scale + sum_of_squares * 0.0, mask=row < num_rows)
+    place = out + token[:, None] * stride_out + inside
+    tl.store(place, convert(y, out.dtype.element_ty), mask=mask)
