@@ -18,12 +18,16 @@ from headrace.kernels.paged_attention.triton_tile import KV_FP8, KV_FP8_BITS, KV
 
 LOG2_E = math.log2(math.e)
 COMPUTE_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-KV_KINDS = {torch.float8_e4m3fn: KV_FP8, torch.uint8: KV_FP8_BITS, torch.int8: KV_INT8}
+KV_KINDS = {torch.float8_e4m3fn: KV_FP8.value, torch.uint8: KV_FP8_BITS.value, torch.int8: KV_INT8.value}
 
 
-def max_split_queries(group: int) -> int:
-    """Query tokens up to which a sequence is split over its KV: a property of the model, not of the batch."""
-    return max(1, MAX_SPLIT_ROWS // group)
+def split_rows(group: int) -> tuple[int, int]:
+    """Rows of the two tiles of the split kernel: for decode, and for sequences with some query tokens more.
+
+    Which of them, or the prefill kernel, a sequence gets follows from its number of query tokens and the group alone.
+    """
+    small = max(16, triton.next_power_of_2(group))
+    return small, max(small, MAX_SPLIT_ROWS)
 
 
 def workspace_bytes(
@@ -40,7 +44,7 @@ def workspace_bytes(
     num_splits = -(-max_seq_len // config.split)
     if num_splits <= 1:
         return 0
-    rows = num_seqs * min(max_query_len, max_split_queries(group))
+    rows = num_seqs * min(max_query_len, split_rows(group)[1] // group)
     return rows * num_heads * num_splits * (head_dim + 2) * 4
 
 
@@ -75,48 +79,47 @@ def paged_attention(
     num_heads, head_dim = q.shape[1:]
     num_kv_heads, block_size = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    queries = max_split_queries(group)
     d0 = 1 << (head_dim.bit_length() - 1)
-    kind = KV_PLAIN if k_cache.dtype == q.dtype else KV_KINDS[k_cache.dtype]
+    kind = KV_PLAIN.value if k_cache.dtype == q.dtype else KV_KINDS[k_cache.dtype]
     # Of 8-bit keys and values the exact conversion is to fp16; to bf16 it takes a detour through fp32.
-    dot = tl.float16 if kind != KV_PLAIN and q.dtype == torch.bfloat16 else COMPUTE_TYPES[q.dtype]
+    dot = tl.float16 if k_cache.dtype != q.dtype and q.dtype == torch.bfloat16 else COMPUTE_TYPES[q.dtype]
     rate, cap = soft_cap_factors(scale, soft_cap) if soft_cap > 0.0 else (scale * LOG2_E, 0.0)
-    shared = {
-        "GROUP": group, "D0": d0, "D1": head_dim - d0, "SPLIT": config.split, "KV": kind,
-        "HAS_SCALES": k_scale is not None, "WINDOW": window > 0,
-    }  # fmt: skip
-    tiles = {
+    head_kinds = {"GROUP": group, "D0": d0, "D1": head_dim - d0, "KV": kind, "HAS_SCALES": k_scale is not None}
+    kinds = head_kinds | {
         "BLOCK_N": config.block_n, "BLOCK_SIZE": block_size, "DOT": dot, "SOFT_CAP": soft_cap > 0.0,
+        "WINDOW": window > 0,
     }  # fmt: skip
     strides = (
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
         out.stride(0), out.stride(1), block_tables.stride(0),
     )  # fmt: skip
-    if max_query_len > queries:
+    small, large = split_rows(group)
+    if max_query_len > large // group:
         block_m = max(config.prefill_block_m, triton.next_power_of_2(group))
-        grid = (q.shape[0] // (block_m // group) + num_seqs, num_kv_heads)
-        prefill_kernel[grid](
+        prefill_kernel[q.shape[0] // (block_m // group) + num_seqs, num_kv_heads](
             q, k_cache, v_cache, out, cu_seqlens_q, seq_lens, block_tables, k_scale, v_scale, rate, cap, window,
-            *strides, num_seqs, BLOCK_M=block_m, MAX_SPLIT_QUERIES=queries, STAGES=config.prefill_stages,
-            num_warps=config.prefill_warps, num_stages=config.prefill_stages, **shared, **tiles,
+            *strides, num_seqs, BLOCK_M=block_m, MIN_QUERIES=large // group + 1, STAGES=config.prefill_stages,
+            num_warps=config.prefill_warps, **kinds,
         )  # fmt: skip
-    # Where all sequences are short of rows, one block of rows holds a sequence; in a mixed batch most have one row.
-    rows_per_seq = min(max_query_len, queries)
-    rows = rows_per_seq * group if max_query_len <= queries else group
-    block_m = max(16, triton.next_power_of_2(rows))
+    rows_per_seq = min(max_query_len, large // group)
     num_splits = -(-max_seq_len // config.split)
-    partial, stats = _partials(workspace, num_seqs * rows_per_seq * num_heads * num_splits, num_splits, head_dim, out)
+    partial, stats = _partials(workspace, num_seqs * rows_per_seq * num_heads, num_splits, head_dim, out)
     turns = -(-config.max_programs // (num_seqs * num_kv_heads))
-    split_kernel[(num_seqs, num_kv_heads, min(num_splits, turns))](
-        q, k_cache, v_cache, out, partial, stats, cu_seqlens_q, seq_lens, block_tables, k_scale, v_scale, rate, cap,
-        window, *strides, rows_per_seq, num_heads, num_splits, BLOCK_M=block_m, MAX_QUERIES=queries,
-        STAGES=config.split_stages, num_warps=config.split_warps, num_stages=config.split_stages, **shared, **tiles,
-    )  # fmt: skip
+    grid = num_seqs, num_kv_heads, min(num_splits, turns)
+    for block_m, min_queries in ((small, 1), (large, small // group + 1)):
+        if min_queries <= min(max_query_len, block_m // group):
+            split_kernel[grid](
+                q, k_cache, v_cache, out, partial, stats, cu_seqlens_q, seq_lens, block_tables, k_scale, v_scale, rate,
+                cap, window, *strides, rows_per_seq, num_heads, num_splits, BLOCK_M=block_m, MIN_QUERIES=min_queries,
+                SPLIT=config.split, STAGES=config.split_stages, num_warps=config.split_warps, **kinds,
+            )  # fmt: skip
     if num_splits > 1:
-        tokens = rows_per_seq if max_query_len <= queries else 1
-        reduce_kernel[(num_seqs, num_heads, tokens)](
+        # In a mixed batch most sequences have one row, and nobody knows the others' number without asking the device.
+        tokens = rows_per_seq if max_query_len <= large // group else 1
+        reduce_kernel[num_seqs, num_heads, tokens](
             partial, stats, out, cu_seqlens_q, seq_lens, v_scale, window, out.stride(0), out.stride(1), rows_per_seq,
-            num_heads, num_splits, MAX_QUERIES=queries, STAGES=4, num_warps=1, **shared,
+            num_heads, num_splits, SPLIT=config.split, MAX_QUERIES=large // group, WINDOW=window > 0, STAGES=4,
+            num_warps=1, **head_kinds,
         )  # fmt: skip
 
 
@@ -126,11 +129,12 @@ def soft_cap_factors(scale: float, soft_cap: float) -> tuple[float, float]:
 
 
 def _partials(
-    workspace: torch.Tensor | None, count: int, num_splits: int, head_dim: int, out: torch.Tensor
+    workspace: torch.Tensor | None, rows: int, num_splits: int, head_dim: int, out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the workspace: float32 partial sums [count * head_dim] and (maximum, sum) [count * 2]."""
     if num_splits <= 1:
         return out, out  # never written: every sequence is within one split
+    count = rows * num_splits
     need = count * (head_dim + 2) * 4
     if workspace is None or workspace.numel() * workspace.element_size() < need:
         have = 0 if workspace is None else workspace.numel() * workspace.element_size()

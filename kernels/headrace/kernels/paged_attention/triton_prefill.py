@@ -1,14 +1,13 @@
 # mypy: ignore-errors
 """Attention of sequences with many query rows (prefill chunks): one program per block of query rows and KV head.
 
-Called by triton.py. Goes through the same splits of the KV, and merges them in the same order and arithmetic, as the
-split kernel and its reduction: how a row came to be computed changes its rounding as little as the hardware allows.
+Called by triton.py. A row's tiles are those of whole blocks from its sequence's start on, so its bits do not depend on
+where the chunk began.
 """
 
 import triton
 import triton.language as tl
-from headrace.kernels.paged_attention.triton_split import first_split
-from headrace.kernels.paged_attention.triton_tile import attend, load_rows, merge, store_rows
+from headrace.kernels.paged_attention.triton_tile import attend, load_rows, load_scales, store_rows
 
 
 @triton.jit
@@ -29,45 +28,16 @@ def find_sequence(cu_seqlens_ptr, index, num_seqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def prefill_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    cu_seqlens_ptr,
-    seq_lens_ptr,
-    tables_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    rate,
-    cap,
-    window,
-    q_step_t,
-    q_step_h,
-    k_step_b,
-    k_step_h,
-    v_step_b,
-    v_step_h,
-    out_step_t,
-    out_step_h,
-    table_step,
-    num_seqs,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    MAX_SPLIT_QUERIES: tl.constexpr,
-    KV: tl.constexpr,
-    DOT: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Grid (T // BLOCK_Q + num_seqs, num_kv_heads), BLOCK_Q = BLOCK_M // GROUP; late blocks, the long ones, first."""
+def prefill_kernel(q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, seq_lens_ptr, tables_ptr, k_scale_ptr, v_scale_ptr,
+                   rate, cap, window, q_step_t, q_step_h, k_step, k_step_h, v_step, v_step_h, out_step_t, out_step_h,
+                   table_step, num_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr,
+                   D1: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, MIN_QUERIES: tl.constexpr,
+                   KV: tl.constexpr, DOT: tl.constexpr, HAS_SCALES: tl.constexpr, SOFT_CAP: tl.constexpr,
+                   WINDOW: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Grid (T // BLOCK_Q + num_seqs, num_kv_heads), BLOCK_Q = BLOCK_M // GROUP; late blocks, the long ones, first.
+
+    For sequences with at least MIN_QUERIES query tokens.
+    """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -76,68 +46,29 @@ def prefill_kernel(
     q_len = tl.load(cu_seqlens_ptr + seq + 1) - row_begin
     context = tl.load(seq_lens_ptr + seq) - q_len
     token_lo = (index - (row_begin // BLOCK_Q + seq)) * BLOCK_Q
-    if q_len <= MAX_SPLIT_QUERIES or token_lo >= q_len or context < 0:
+    if q_len < MIN_QUERIES or token_lo >= q_len or context < 0:
         return
+    rate, v_scale = load_scales(rate, k_scale_ptr, v_scale_ptr, kv_head, KV, HAS_SCALES)
     rows = tl.arange(0, BLOCK_M)
     token = token_lo + rows // GROUP
     token_hi = tl.minimum(token_lo + BLOCK_Q, q_len)
     is_row = token < token_hi
     head = kv_head * GROUP + rows % GROUP
-    first_pos = context + token_lo
-    last_pos = context + token_hi - 1
-    v_scale = 1.0
-    if HAS_SCALES:
-        rate *= tl.load(k_scale_ptr + kv_head)
-        v_scale = tl.load(v_scale_ptr + kv_head)
-    if KV == 2:
-        rate *= 256.0
-        v_scale *= 256.0
     q_offset = (row_begin + token) * q_step_t + head * q_step_h
     q0 = load_rows(q_ptr, q_offset, is_row, 0, D0).to(DOT)
     q1 = q0
     if D1 > 0:
         q1 = load_rows(q_ptr, q_offset, is_row, D0, D1).to(DOT)
-    peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
-    acc1 = 0.0
-    if D1 > 0:
-        acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    table = tables_ptr + seq.to(tl.int64) * table_step
-    for split in range(first_split(first_pos, window, SPLIT, WINDOW), last_pos // SPLIT + 1):
-        lo = split * (SPLIT // BLOCK_N)
-        hi = tl.minimum(lo + SPLIT // BLOCK_N, tl.cdiv(last_pos + 1, BLOCK_N))
-        if WINDOW:
-            lo = tl.maximum(lo, tl.maximum(first_pos - window + 1, 0) // BLOCK_N)
-        m_part, l_part, part0, part1 = attend(
-            lo,
-            hi,
-            first_pos,
-            last_pos,
-            q0,
-            q1,
-            k_ptr + kv_head * k_step_h,
-            v_ptr + kv_head * v_step_h,
-            table,
-            k_step_b,
-            v_step_b,
-            context + token,
-            window,
-            rate,
-            cap,
-            BLOCK_M,
-            D0,
-            D1,
-            BLOCK_N,
-            BLOCK_SIZE,
-            KV,
-            DOT,
-            SOFT_CAP,
-            WINDOW,
-            STAGES,
-        )
-        peak, total, acc0, acc1 = merge(peak, total, acc0, acc1, m_part, l_part, part0, part1, D1)
-    factor = (v_scale / tl.where(total > 0.0, total, 1.0))[:, None]
-    store_rows(
-        out_ptr, (row_begin + token) * out_step_t + head * out_step_h, is_row, acc0 * factor, acc1 * factor, D0, D1
-    )
+    first_pos = context + token_lo
+    last_pos = context + token_hi - 1
+    lo = 0
+    if WINDOW:
+        lo = tl.maximum(first_pos - window + 1, 0) // BLOCK_N
+    _, total, acc0, acc1 = attend(
+        lo, tl.cdiv(last_pos + 1, BLOCK_N), first_pos, last_pos, q0, q1, k_ptr + kv_head * k_step_h,
+        v_ptr + kv_head * v_step_h, tables_ptr + seq.to(tl.int64) * table_step, k_step, v_step, context + token, window,
+        rate, cap, BLOCK_M, D0, D1, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW, False, STAGES,
+    )  # fmt: skip
+    factor = (v_scale / tl.where(is_row, total, 1.0))[:, None]
+    out_offset = (row_begin + token) * out_step_t + head * out_step_h
+    store_rows(out_ptr, out_offset, is_row, acc0 * factor, acc1 * factor, D0, D1)
