@@ -8,34 +8,21 @@ Three machines run the same tests (docs/KERNELS.md says what each proves):
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import pytest
 
+from tests.gpu.machine import IS_INTERPRETED, why_not
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _why_not() -> str | None:
-    """Why no kernel can run in this process; None where one can."""
-    for name in ("torch", "triton"):
-        if importlib.util.find_spec(name) is None:
-            return f"{name} is not installed"
-    if IS_INTERPRETED:
-        return None
-    import torch
-
-    if torch.cuda.is_available():
-        return None
-    return "no CUDA device, and TRITON_INTERPRET is not 1"
-
-
-WHY_NOT = _why_not()
+WHY_NOT = why_not()
 if WHY_NOT is not None:
     collect_ignore_glob = ["*"]
 elif not IS_INTERPRETED:
+    from tests.gpu import ttsem_order
+
+    ttsem_order.install()
     collect_ignore = ["interpreter"]
 else:
     from tests.gpu.interpreter import install

@@ -1,13 +1,9 @@
 """Judges every memory access of a kernel in the interpreter. Called by memory.py and launch.py; read by tests.
 
-Always on: an active lane outside the tensor that its pointer was derived from raises MemoryFault; so does a race, that
-is, two program instances touching the same element, one of them with a plain store, with nothing between them that
-orders them. An atomic that releases after one that acquires the same address orders (the "last program to arrive adds
-up" pattern). Inside `with traffic() as counts`, bytes requested, bytes of 32-byte sectors and unique bytes are counted
-per kernel and argument.
-
-The race check keeps, for each element of a tensor that is written, the last operations that wrote, read and changed it
-(as FastTrack does: Flanagan and Freund, PLDI 2009), and a vector clock for each program instance.
+Always on: MemoryFault for an active lane outside the tensor that its pointer was derived from, for a race between
+program instances (races.py), and for two lanes of one store that write different values to one element. Inside
+`with traffic() as counts`, bytes requested, bytes of 32-byte sectors and unique bytes are counted per kernel, argument
+and kind of access.
 """
 
 from __future__ import annotations
@@ -16,18 +12,19 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 import numpy as np
 import torch
 import triton
 
+from tests.gpu.interpreter.races import Race, Races, Storage
+
 _TRITON = os.path.dirname(triton.__file__)
 _TAG_SHIFT = np.uint64(48)
 _ADDRESS = np.uint64((1 << 48) - 1)
 _SECTOR_SHIFT = np.uint64(5)  # a GPU moves sectors of 32 bytes
-_PENDING_LIMIT = 1 << 22  # loads kept before a tensor is first written, in elements
 
 
 class MemoryFault(Exception):
@@ -104,108 +101,56 @@ class _Argument:
     storage: int
 
 
-@dataclass
-class _Clock:
-    """What one program instance has seen of another: plain accesses up to `plain`, atomics up to `atomic`."""
-
-    plain: int = -1
-    atomic: int = -1
-
-
-@dataclass
-class _Shadow:
-    """Last operations on each element of one storage; -1: none. Allocated when the storage is first written."""
-
-    low: int
-    high: int
-    unit: int
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    pending: list[tuple[int, np.ndarray]] = field(default_factory=list)
-    num_pending: int = 0
-
-    def allocate(self) -> None:
-        size = -(-(self.high - self.low) // self.unit)
-        self.arrays = {kind: np.full(size, -1, dtype=np.int32) for kind in ("store", "load", "load2", "atomic")}
-
-    def elements(self, addresses: np.ndarray, itemsize: int) -> np.ndarray:
-        """Element numbers; an access narrower than the unit splits every element."""
-        if itemsize < self.unit:
-            factor = self.unit // itemsize
-            self.arrays = {kind: np.repeat(array, factor) for kind, array in self.arrays.items()}
-            self.pending = [
-                (op, (indices[:, None] * factor + np.arange(factor)).reshape(-1)) for op, indices in self.pending
-            ]
-            self.unit = itemsize
-        first = (addresses - np.uint64(self.low)).astype(np.int64) // self.unit
-        if itemsize == self.unit:
-            return first
-        return (first[:, None] + np.arange(itemsize // self.unit)).reshape(-1)
-
-
 class Launch:
-    """State of one launch: bounds of its arguments, shadows of their storages, clocks of its program instances."""
+    """State of one launch: bounds of its arguments, races over their storages, bytes touched."""
 
     def __init__(self, kernel: str, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self.kernel = kernel
         self._arguments = [_extent(name, tensor) for name, tensor in tensors]
         self._others = [_extent(name, tensor) for name, tensor in _extra]
-        self._shadows: dict[int, _Shadow] = {}
+        self._storages: dict[int, Storage] = {}
         for argument, (_, tensor) in zip(self._arguments + self._others, [*tensors, *_extra], strict=True):
-            shadow = self._shadows.setdefault(
-                argument.storage, _Shadow(argument.low, argument.high, tensor.element_size())
-            )
-            shadow.low, shadow.high = min(shadow.low, argument.low), max(shadow.high, argument.high)
-            shadow.unit = min(shadow.unit, tensor.element_size())
+            size = tensor.element_size()
+            storage = self._storages.setdefault(argument.storage, Storage(argument.low, argument.high, size))
+            storage.low, storage.high = min(storage.low, argument.low), max(storage.high, argument.high)
+            storage.unit = min(storage.unit, size)
+        self._races = Races()
         self._touched: dict[tuple[str, str], np.ndarray] = {}
         self._program = (0, 0, 0)
-        self._number = -1  # of the running program instance
-        self._owners = np.empty(1024, dtype=np.int32)  # program number of each operation
-        self._num_ops = 0
-        self._lines: list[str] = []
-        self._names: list[tuple[int, int, int]] = []
-        self._clock: dict[int, _Clock] = {}
-        self._last_barrier = -1
-        self._published: dict[int, dict[int, _Clock]] = {}  # by address of an atomic
 
     # ---- called by launch.py and memory.py
 
     def start_program(self, program: tuple[int, int, int]) -> None:
-        self._program, self._clock, self._last_barrier = program, {}, -1
-        self._number += 1
-        self._names.append(program)
+        self._program = program
+        self._races.start_program(program)
 
     def barrier(self) -> None:
-        self._last_barrier = self._num_ops - 1
+        self._races.barrier()
 
     def load(self, addresses: np.ndarray, itemsize: int) -> None:
         for argument, part in self._judge(addresses, itemsize, "load"):
-            shadow = self._shadows[argument.storage]
-            indices, op = shadow.elements(part, itemsize), self._new_op()
-            if not shadow.arrays:
-                shadow.pending.append((op, indices))
-                shadow.num_pending += indices.size
-                if shadow.num_pending > _PENDING_LIMIT:
-                    self._allocate(shadow)
-                continue
-            self._forbid(shadow, indices, ("store", "atomic"), "load", argument)
-            self._remember_load(shadow, indices, op)
+            with self._names_the_race(argument):
+                self._races.load(self._storages[argument.storage], part, itemsize, _line())
 
     def store(self, addresses: np.ndarray, itemsize: int, values: np.ndarray) -> None:
         for argument, part in self._judge(addresses, itemsize, "store"):
             if part.size == addresses.size:
                 self._forbid_disagreement(part, values, argument)
-            self._write(argument, part, itemsize, "store", ("store", "load", "load2", "atomic"))
+            with self._names_the_race(argument):
+                self._races.store(self._storages[argument.storage], part, itemsize, _line())
 
     def atomic(self, addresses: np.ndarray, itemsize: int, *, acquires: bool, releases: bool) -> None:
         for argument, part in self._judge(addresses, itemsize, "atomic"):
-            synchronises = part.size == 1
-            if synchronises and acquires:
-                _merge(self._clock, self._published.get(int(part[0]), {}))
-            op = self._write(argument, part, itemsize, "atomic", ("store", "load", "load2"))
-            if synchronises and releases:
-                published = self._published.setdefault(int(part[0]), {})
-                _merge(published, self._clock)
-                _merge(published, {self._number: _Clock(self._last_barrier, op)})
+            storage = self._storages[argument.storage]
+            with self._names_the_race(argument):
+                self._races.atomic(storage, part, itemsize, _line(), acquires=acquires, releases=releases)
+
+    @contextlib.contextmanager
+    def _names_the_race(self, argument: _Argument) -> Iterator[None]:
+        try:
+            yield
+        except Race as race:
+            raise MemoryFault(f"{self.kernel}: race on `{argument.name}`: {race}") from None
 
     def count_unique(self) -> None:
         if _counts is None:
@@ -269,55 +214,6 @@ class Launch:
         for byte in range(itemsize):
             touched[offsets + byte] = True
 
-    # ---- races
-
-    def _new_op(self) -> int:
-        if self._num_ops == self._owners.size:
-            self._owners = np.concatenate([self._owners, np.empty_like(self._owners)])
-        self._owners[self._num_ops] = self._number
-        self._lines.append(_line())
-        self._num_ops += 1
-        return self._num_ops - 1
-
-    def _write(self, argument: _Argument, part: np.ndarray, itemsize: int, kind: str, against: Sequence[str]) -> int:
-        shadow = self._shadows[argument.storage]
-        indices = shadow.elements(part, itemsize)
-        if not shadow.arrays:
-            self._allocate(shadow)
-        self._forbid(shadow, indices, against, kind, argument)
-        op = self._new_op()
-        shadow.arrays[kind][indices] = op
-        return op
-
-    def _allocate(self, shadow: _Shadow) -> None:
-        shadow.allocate()
-        for op, indices in shadow.pending:
-            self._remember_load(shadow, indices, op)
-        shadow.pending = []
-
-    def _remember_load(self, shadow: _Shadow, indices: np.ndarray, op: int) -> None:
-        """Keeps the last load, and beside it the last one of another program instance."""
-        last = shadow.arrays["load"][indices]
-        other = (last >= 0) & (self._owners[last] != self._owners[op])
-        shadow.arrays["load2"][indices[other]] = last[other]
-        shadow.arrays["load"][indices] = op
-
-    def _forbid(
-        self, shadow: _Shadow, indices: np.ndarray, kinds: Sequence[str], kind: str, argument: _Argument
-    ) -> None:
-        for earlier_kind in kinds:
-            for earlier in np.unique(shadow.arrays[earlier_kind][indices]).tolist():
-                if earlier < 0 or (owner := int(self._owners[earlier])) == self._number:
-                    continue
-                seen = self._clock.get(owner, _Clock())
-                if earlier <= (seen.atomic if earlier_kind == "atomic" else seen.plain):
-                    continue
-                raise MemoryFault(
-                    f"{self.kernel}: race on `{argument.name}`: {earlier_kind.rstrip('2')} at {self._lines[earlier]} "
-                    f"by program {self._names[owner]} and {kind} at {_line()} by program "
-                    f"{self._program} touch the same element, and nothing orders them"
-                )
-
     def _forbid_disagreement(self, addresses: np.ndarray, values: np.ndarray, argument: _Argument) -> None:
         """Two active lanes of one store may share an address only where they write the same bits."""
         order = np.argsort(addresses, kind="stable")
@@ -330,12 +226,6 @@ class Launch:
                 f"{self.kernel}, program {self._program}: two lanes of the store at {_line()} write different values "
                 f"to the same element of `{argument.name}`"
             )
-
-
-def _merge(into: dict[int, _Clock], other: dict[int, _Clock]) -> None:
-    for program, clock in other.items():
-        mine = into.get(program, _Clock())
-        into[program] = _Clock(max(mine.plain, clock.plain), max(mine.atomic, clock.atomic))
 
 
 def _extent(name: str, tensor: torch.Tensor) -> _Argument:
