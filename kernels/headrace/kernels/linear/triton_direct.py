@@ -1,0 +1,230 @@
+"""The product whose operands go to the matrix unit as they lie: dense, int8 by int8, fp8. Called by `triton.py`.
+
+With fp8 weights and x of 16 or 32 bits (a GPU without fp8, or rows too few to quantise) weights become x's type, bit by
+bit: exact. Sums of int8 are integers within a chunk of K; sums of fp8 go to float32 block by block, as Hopper's matrix
+unit keeps only some 14 bits of a long fp8 sum (DeepSeek-V3 report, section 3.3.2).
+"""
+
+import triton
+import triton.language as tl
+from headrace.kernels.linear.triton_tile import add_chunks, finish_tile, keep_chunk, sum_columns, tile_of_program
+
+SCALE_BLOCK = tl.constexpr(128)  # rows and columns per scale of fp8_block
+
+
+@triton.jit
+def direct_kernel(
+    x,
+    weight,
+    out,
+    norm_weight,
+    bias,
+    residual,
+    x_scale,
+    w_scale,
+    partials,
+    counters,
+    M,
+    num_rows,
+    out_features,
+    K,
+    num_blocks,
+    num_n,
+    num_m,
+    stride_x,
+    stride_w,
+    stride_out,
+    stride_residual,
+    stride_x_scale,
+    stride_w_scale,
+    eps,
+    IS_BLOCK_SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOG2_BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_GRID: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """out [M, out_features] = epilogue(norm(x [M, K]) @ weight.T); see `triton.py` for the arguments' meaning.
+
+    x_scale: float32 [M], or [M, ceil(K / 128)] where IS_BLOCK_SCALED. w_scale: [num_rows], or [., ceil(K / 128)].
+    num_blocks: of BLOCK_K columns. num_n, num_m: tiles.
+    """
+    HAS_NORM: tl.constexpr = norm_weight is not None
+    tile_n, tile_m, chunk = tile_of_program(num_n, num_m, SPLITS, SPLIT_GRID, GROUP_N)
+    per_chunk = (num_blocks + SPLITS - 1) // SPLITS
+    if SPLIT_GRID or SPLITS == 1:
+        total, squares = _sum_blocks(
+            x, weight, norm_weight, x_scale, w_scale, tile_n, tile_m, M, num_rows, K,
+            stride_x, stride_w, stride_x_scale, stride_w_scale,
+            chunk * per_chunk, tl.minimum(chunk * per_chunk + per_chunk, num_blocks),
+            IS_BLOCK_SCALED, BLOCK_M, BLOCK_N, BLOCK_K, LOG2_BLOCK_K, EVEN_K, EVEN_N,
+        )  # fmt: skip
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        squares = tl.zeros([BLOCK_M], tl.float32)
+        for part in tl.range(0, SPLITS):
+            acc, sq = _sum_blocks(
+                x, weight, norm_weight, x_scale, w_scale, tile_n, tile_m, M, num_rows, K,
+                stride_x, stride_w, stride_x_scale, stride_w_scale,
+                part * per_chunk, tl.minimum(part * per_chunk + per_chunk, num_blocks),
+                IS_BLOCK_SCALED, BLOCK_M, BLOCK_N, BLOCK_K, LOG2_BLOCK_K, EVEN_K, EVEN_N,
+            )  # fmt: skip
+            total += acc
+            squares += sq
+    if SPLIT_GRID:
+        tile = tile_n * num_m + tile_m
+        before = keep_chunk(total, squares, partials, counters, tile, chunk, SPLITS, BLOCK_N, BLOCK_M, HAS_NORM)
+        if before == SPLITS - 1:
+            total, squares = add_chunks(partials, counters, tile, SPLITS, BLOCK_N, BLOCK_M, HAS_NORM)
+            _finish(
+                total, squares, out, residual, bias, x_scale, w_scale, tile_n, tile_m, M, num_rows, out_features, K,
+                stride_out, stride_residual, eps, IS_BLOCK_SCALED, HAS_NORM, ACTIVATION,
+            )  # fmt: skip
+    else:
+        _finish(
+            total, squares, out, residual, bias, x_scale, w_scale, tile_n, tile_m, M, num_rows, out_features, K,
+            stride_out, stride_residual, eps, IS_BLOCK_SCALED, HAS_NORM, ACTIVATION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    total,
+    squares,
+    out,
+    residual,
+    bias,
+    x_scale,
+    w_scale,
+    tile_n,
+    tile_m,
+    M,
+    num_rows,
+    out_features,
+    K,
+    stride_out,
+    stride_residual,
+    eps,
+    IS_BLOCK_SCALED: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    BLOCK_N: tl.constexpr = total.shape[0]
+    BLOCK_M: tl.constexpr = total.shape[1]
+    row_scale = tl.rsqrt(squares / K + eps)
+    if not IS_BLOCK_SCALED:
+        if w_scale is not None:
+            row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            total = total * tl.load(w_scale + row, mask=row < num_rows, other=0.0)[:, None]
+        if x_scale is not None:
+            m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            row_scale = tl.load(x_scale + m, mask=m < M, other=0.0)
+    finish_tile(
+        total, row_scale, out, residual, bias, tile_n * BLOCK_N, tile_m * BLOCK_M, M, num_rows, out_features,
+        stride_out, stride_residual, ACTIVATION, HAS_NORM or (x_scale is not None and not IS_BLOCK_SCALED),
+    )  # fmt: skip
+
+
+@triton.jit
+def _sum_blocks(
+    x,
+    weight,
+    norm_weight,
+    x_scale,
+    w_scale,
+    tile_n,
+    tile_m,
+    M,
+    num_rows,
+    K,
+    stride_x,
+    stride_w,
+    stride_x_scale,
+    stride_w_scale,
+    first,
+    last,
+    IS_BLOCK_SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOG2_BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+):
+    """(sums [BLOCK_N, BLOCK_M], sums of squares of x [BLOCK_M]), float32, over blocks first .. last - 1."""
+    HAS_NORM: tl.constexpr = norm_weight is not None
+    dtype: tl.constexpr = x.dtype.element_ty
+    sum_dtype: tl.constexpr = tl.int32 if dtype == tl.int8 else tl.float32
+    row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = (m < M)[:, None]
+    in_n = (row < num_rows)[:, None]
+    weight += (row.to(tl.int64) * stride_w)[:, None] + column[None, :]
+    x += (m.to(tl.int64) * stride_x)[:, None] + column[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], sum_dtype)
+    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for block in tl.range(first, last):
+        offset = block * BLOCK_K
+        w = _load(weight + offset, in_n, column, K - offset, EVEN_N, EVEN_K)
+        a = _load(x + offset, in_m, column, K - offset, False, EVEN_K)
+        if HAS_NORM:
+            a32 = a.to(tl.float32)
+            squares += a32 * a32
+            if EVEN_K:
+                factor = tl.load(norm_weight + offset + column)
+            else:
+                factor = tl.load(norm_weight + offset + column, mask=column < K - offset, other=0.0)
+            a = (a32 * factor.to(tl.float32)[None, :]).to(dtype)
+        if weight.dtype.element_ty == tl.uint8:
+            w = from_e4m3_bits(w, dtype)
+        if dtype == tl.float8e4nv or IS_BLOCK_SCALED:
+            part = tl.dot(w, tl.trans(a), input_precision="ieee")
+            if IS_BLOCK_SCALED:
+                scale_column = offset // SCALE_BLOCK
+                ws = tl.load(
+                    w_scale + row // SCALE_BLOCK * stride_w_scale + scale_column, mask=row < num_rows, other=0.0
+                )
+                if x_scale is not None:
+                    xs = tl.load(x_scale + m * stride_x_scale + scale_column, mask=m < M, other=0.0)
+                    acc += part * (ws[:, None] * xs[None, :])
+                else:
+                    acc += part * ws[:, None]
+            else:
+                acc += part
+        else:
+            acc = tl.dot(w, tl.trans(a), acc, input_precision="ieee", out_dtype=sum_dtype)
+    return acc.to(tl.float32), sum_columns(squares, LOG2_BLOCK_K)
+
+
+@triton.jit
+def _load(place, in_rows, column, columns_left, EVEN_ROWS: tl.constexpr, EVEN_K: tl.constexpr):
+    """A block of an operand, zero outside of it."""
+    if EVEN_ROWS and EVEN_K:
+        return tl.load(place)
+    elif EVEN_ROWS:
+        return tl.load(place, mask=(column < columns_left)[None, :], other=0.0)
+    elif EVEN_K:
+        return tl.load(place, mask=in_rows, other=0.0)
+    else:
+        return tl.load(place, mask=in_rows & (column < columns_left)[None, :], other=0.0)
+
+
+@triton.jit
+def from_e4m3_bits(bits, dtype: tl.constexpr):
+    """The bits of finite FP8 E4M3 numbers, uint8, to float16, bfloat16 or float32: exact, subnormals too.
+
+    Sign, exponent and mantissa go where the wider type has them, and a power of two makes up for its other bias.
+    """
+    wide = bits.to(tl.int16)
+    sign = (wide & 0x80) << 8
+    if dtype == tl.bfloat16:
+        return (sign | ((wide & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * 1.329227995784916e36  # 2^(127 - 7)
+    else:
+        return ((sign | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0).to(dtype)  # 2^(15 - 7)

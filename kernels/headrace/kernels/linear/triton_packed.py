@@ -1,0 +1,186 @@
+"""The product with int4 or int8 weights in groups, and activations of 16 or 32 bits. Called by `triton.py`.
+
+Per block of K: one contiguous piece of packed words, unpacked in registers; per group one product on the matrix unit
+and one FMA with the scale, so that no weight is rounded. Zeros enter through the group's sum of x, which a product with
+ones leaves where it is needed: exact, and cheaper than moving a sum across threads. See `layout.py` for the places.
+"""
+
+import triton
+import triton.language as tl
+from headrace.kernels.linear.triton_tile import add_chunks, finish_tile, keep_chunk, sum_columns, tile_of_program
+from headrace.kernels.linear.triton_unpack import int4_plane, int8_plane
+
+TILE = tl.constexpr(64)  # layout.TILE
+
+
+@triton.jit
+def packed_kernel(
+    x,
+    words,
+    scales,
+    zeros,
+    out,
+    norm_weight,
+    bias,
+    residual,
+    partials,
+    counters,
+    M,
+    num_rows,
+    out_features,
+    K,
+    num_blocks,
+    num_n,
+    num_m,
+    stride_x,
+    stride_out,
+    stride_residual,
+    eps,
+    PLANES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOG2_WORDS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_GRID: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    INLINE_ASM: tl.constexpr,
+):
+    """out [M, out_features] = epilogue(norm(x [M, K]) @ weight.T); see `triton.py` for the arguments' meaning.
+
+    num_rows: of the packed weight. num_blocks: of BLOCK_K columns, the last one padded. num_n, num_m: tiles.
+    """
+    HAS_NORM: tl.constexpr = norm_weight is not None
+    tile_n, tile_m, chunk = tile_of_program(num_n, num_m, SPLITS, SPLIT_GRID, GROUP_N)
+    per_chunk = (num_blocks + SPLITS - 1) // SPLITS
+    if SPLIT_GRID or SPLITS == 1:
+        total, squares = _sum_blocks(
+            x, words, scales, zeros, norm_weight, tile_n, tile_m, M, K, num_blocks, stride_x,
+            chunk * per_chunk, tl.minimum(chunk * per_chunk + per_chunk, num_blocks),
+            PLANES, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K, LOG2_WORDS, EVEN_K, INLINE_ASM,
+        )  # fmt: skip
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        squares = tl.zeros([BLOCK_M], tl.float32)
+        for part in tl.range(0, SPLITS):
+            acc, sq = _sum_blocks(
+                x, words, scales, zeros, norm_weight, tile_n, tile_m, M, K, num_blocks, stride_x,
+                part * per_chunk, tl.minimum(part * per_chunk + per_chunk, num_blocks),
+                PLANES, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K, LOG2_WORDS, EVEN_K, INLINE_ASM,
+            )  # fmt: skip
+            total += acc
+            squares += sq
+    if SPLIT_GRID:
+        tile = tile_n * num_m + tile_m
+        before = keep_chunk(total, squares, partials, counters, tile, chunk, SPLITS, BLOCK_N, BLOCK_M, HAS_NORM)
+        if before == SPLITS - 1:
+            total, squares = add_chunks(partials, counters, tile, SPLITS, BLOCK_N, BLOCK_M, HAS_NORM)
+            finish_tile(
+                total, tl.rsqrt(squares / K + eps), out, residual, bias, tile_n * BLOCK_N, tile_m * BLOCK_M, M,
+                num_rows, out_features, stride_out, stride_residual, ACTIVATION, HAS_NORM,
+            )  # fmt: skip
+    else:
+        finish_tile(
+            total, tl.rsqrt(squares / K + eps), out, residual, bias, tile_n * BLOCK_N, tile_m * BLOCK_M, M,
+            num_rows, out_features, stride_out, stride_residual, ACTIVATION, HAS_NORM,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_blocks(
+    x,
+    words,
+    scales,
+    zeros,
+    norm_weight,
+    tile_n,
+    tile_m,
+    M,
+    K,
+    num_blocks,
+    stride_x,
+    first,
+    last,
+    PLANES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOG2_WORDS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INLINE_ASM: tl.constexpr,
+):
+    """(sums [BLOCK_N, BLOCK_M], sums of squares of x [BLOCK_M]) over blocks first .. last - 1."""
+    HAS_NORM: tl.constexpr = norm_weight is not None
+    WORDS: tl.constexpr = BLOCK_K // PLANES
+    PER_GROUP: tl.constexpr = PLANES // GROUPS
+    dtype: tl.constexpr = x.dtype.element_ty
+    row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    stored = (row // TILE).to(tl.int64) * num_blocks  # the tile's first block
+    column = tl.arange(0, WORDS)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = (m < M)[:, None]
+    words += (stored * (TILE * WORDS) + row % TILE * WORDS)[:, None] + column[None, :]
+    x += (m.to(tl.int64) * stride_x)[:, None] + column[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M, WORDS], tl.float32)
+    ones = tl.full([BLOCK_N, WORDS], 1.0, dtype)
+    for block in tl.range(first, last):
+        packed = tl.load(words + block * (TILE * WORDS))
+        scale_word = _load_groups(scales, stored, row, block, GROUPS)
+        if zeros is not None:
+            zero_word = _load_groups(zeros, stored, row, block, GROUPS)
+        for group in tl.static_range(GROUPS):
+            part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            if zeros is not None:
+                sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for plane in tl.static_range(PER_GROUP):
+                offset = block * BLOCK_K + (group * PER_GROUP + plane) * WORDS
+                if EVEN_K:
+                    a = tl.load(x + offset, mask=in_m, other=0.0)
+                else:
+                    a = tl.load(x + offset, mask=in_m & (column < K - offset)[None, :], other=0.0)
+                if HAS_NORM:
+                    a32 = a.to(tl.float32)
+                    squares += a32 * a32
+                    if EVEN_K:
+                        w = tl.load(norm_weight + offset + column)
+                    else:
+                        w = tl.load(norm_weight + offset + column, mask=column < K - offset, other=0.0)
+                    a = (a32 * w.to(tl.float32)[None, :]).to(dtype)
+                if PLANES == 4:
+                    weight = int4_plane(packed, group * PER_GROUP + plane, dtype, INLINE_ASM)
+                else:
+                    weight = int8_plane(packed, group * PER_GROUP + plane, dtype, INLINE_ASM)
+                part = tl.dot(weight, tl.trans(a), part, input_precision="ieee")
+                if zeros is not None:
+                    sums = tl.dot(ones, tl.trans(a), sums, input_precision="ieee")
+            scale = _group(scales, scale_word, stored, row, block, group, GROUPS)
+            acc += part * scale[:, None]
+            if zeros is not None:
+                zero = _group(zeros, zero_word, stored, row, block, group, GROUPS)
+                if PLANES == 4:
+                    zero += scale * 8.0  # the planes are less 8
+                acc += sums * zero[:, None]
+    return acc, sum_columns(squares, LOG2_WORDS)
+
+
+@triton.jit
+def _load_groups(values, stored, row, block, GROUPS: tl.constexpr):
+    """Float16 scales of all groups of a block in one word a row; nothing yet where they are float32."""
+    if values.dtype.element_ty == tl.float32:
+        return 0
+    else:
+        return tl.load(values + (stored + block) * TILE + row % TILE)
+
+
+@triton.jit
+def _group(values, word, stored, row, block, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """float32 [BLOCK_N]: the scales of one group."""
+    if values.dtype.element_ty == tl.float32:
+        return tl.load(values + ((stored + block) * GROUPS + GROUP) * TILE + row % TILE)
+    else:
+        return (word >> (16 * GROUP)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

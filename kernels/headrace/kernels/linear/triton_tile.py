@@ -1,0 +1,155 @@
+"""Device functions that the products share: what happens to a tile of sums once K is summed, and what precedes it.
+
+A tile is [BLOCK_N rows of the weight, BLOCK_M rows of x] float32: weights are the matrix unit's first operand, so that
+few rows of x waste little of it. Whatever changes a row's bits is done in an order that no block size changes:
+reductions across a tile are trees over explicit pairs (the compiler's own depend on the layout), chunks of K are added
+first to last. Called by `triton_packed.py` and `triton_direct.py`.
+"""
+
+import triton
+import triton.language as tl
+from headrace.kernels.linear.layout import GATE_ROWS as _GATE_ROWS
+
+GATE_ROWS = tl.constexpr(_GATE_ROWS)
+
+
+@triton.jit
+def tile_of_program(num_n, num_m, SPLITS: tl.constexpr, SPLIT_GRID: tl.constexpr, GROUP: tl.constexpr):
+    """(tile of rows of the weight, tile of rows of x, chunk of K) of this program.
+
+    Chunks of one tile are neighbours; tiles go through x in groups of GROUP tiles of weights, so that both stay in L2.
+    """
+    pid = tl.program_id(0)
+    chunk = 0
+    if SPLIT_GRID:
+        chunk = pid % SPLITS
+        pid = pid // SPLITS
+    group = pid // (GROUP * num_m)
+    first = group * GROUP
+    size = tl.minimum(num_n - first, GROUP)
+    inside = pid - group * (GROUP * num_m)
+    return first + inside % size, inside // size, chunk
+
+
+@triton.jit
+def sum_columns(values, LOG2_COLS: tl.constexpr):
+    """float32 [R, 2^LOG2_COLS] to [R]: neighbours, then neighbouring pairs, and so on."""
+    ROWS: tl.constexpr = values.shape[0]
+    COLS: tl.constexpr = values.shape[1]
+    for step in tl.static_range(LOG2_COLS):
+        a, b = tl.split(tl.reshape(values, (ROWS, COLS >> (step + 1), 2)))
+        values = a + b
+    return tl.reshape(values, (ROWS,))
+
+
+@triton.jit
+def keep_chunk(
+    acc,
+    squares,
+    partials,
+    counters,
+    tile,
+    chunk,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """Store this program's sums; how many of its tile's programs had come before it.
+
+    The barrier puts every thread's stores before the one thread's release; its acquire puts theirs before our loads.
+    """
+    SIZE: tl.constexpr = (BLOCK_N + 1) * BLOCK_M
+    place = partials + (tile.to(tl.int64) * SPLITS + chunk) * SIZE
+    rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    tl.store(place + rows[:, None] * BLOCK_M + columns[None, :], acc)
+    if HAS_NORM:
+        tl.store(place + BLOCK_N * BLOCK_M + columns, squares)
+    tl.debug_barrier()
+    return tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def add_chunks(
+    partials,
+    counters,
+    tile,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """The sums of all chunks, first to last, and the counter back at 0 for the next launch."""
+    SIZE: tl.constexpr = (BLOCK_N + 1) * BLOCK_M
+    place = partials + tile.to(tl.int64) * SPLITS * SIZE
+    rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    inside = rows[:, None] * BLOCK_M + columns[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    for chunk in tl.static_range(SPLITS):
+        total += tl.load(place + chunk * SIZE + inside, cache_modifier=".cg")
+        if HAS_NORM:
+            squares += tl.load(place + chunk * SIZE + BLOCK_N * BLOCK_M + columns, cache_modifier=".cg")
+    tl.store(counters + tile, 0)
+    return total, squares
+
+
+@triton.jit
+def activate(gate, up, ACTIVATION: tl.constexpr):
+    """SiLU(gate) * up, or the tanh form of GELU: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))."""
+    if ACTIVATION == "silu":
+        u = gate
+    else:
+        u = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 * sqrt(2 / pi)
+    return gate / (1.0 + tl.exp(-u)) * up
+
+
+@triton.jit
+def finish_tile(
+    acc,
+    row_scale,
+    out,
+    residual,
+    bias,
+    first_row,
+    first_m,
+    M,
+    num_rows,
+    out_features,
+    stride_out,
+    stride_residual,
+    ACTIVATION: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+):
+    """Scale rows of x, add the bias, act, add the residual, and store [BLOCK_M, BLOCK_N (/ 2 if gated)].
+
+    row_scale: float32 [BLOCK_M]. bias: [out_features], or [2 * out_features] (gate, then up). num_rows: of the weight.
+    """
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    rows = first_row + tl.arange(0, BLOCK_N)
+    if HAS_ROW_SCALE:
+        acc = acc * row_scale[None, :]
+    if bias is not None:
+        if ACTIVATION is None:
+            entry = rows
+        else:
+            entry = rows // (2 * GATE_ROWS) * GATE_ROWS + rows % GATE_ROWS
+            is_real = entry < out_features
+            entry += rows // GATE_ROWS % 2 * out_features
+            entry = tl.where(is_real, entry, 0)
+        acc += tl.load(bias + entry, mask=rows < num_rows, other=0.0).to(tl.float32)[:, None]
+    if ACTIVATION is None:
+        columns = rows
+    else:
+        halves = tl.reshape(acc, (BLOCK_N // (2 * GATE_ROWS), 2, GATE_ROWS, BLOCK_M))
+        gate, up = tl.split(tl.permute(halves, (0, 2, 3, 1)))
+        acc = tl.reshape(activate(gate, up, ACTIVATION), (BLOCK_N // 2, BLOCK_M))
+        columns = first_row // 2 + tl.arange(0, BLOCK_N // 2)
+    m = first_m + tl.arange(0, BLOCK_M)
+    mask = (columns < out_features)[:, None] & (m < M)[None, :]
+    m = m.to(tl.int64)
+    if residual is not None:
+        place = residual + m[None, :] * stride_residual + columns[:, None]
+        acc += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + m[None, :] * stride_out + columns[:, None], acc.to(out.dtype.element_ty), mask=mask)
