@@ -1,0 +1,68 @@
+"""Sampling on the GPU: logits to tokens, which stay on the device. Called by the GPU executor at the end of a step.
+
+Two launches for rows that take the best token or draw from all; one or three more where a row wants filters, penalties
+or a list of the most likely tokens. The meaning is `reference.py`'s; noise and sums are float32 here, so a token may
+differ where two candidates are within a few units of the last place of each other.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from headrace.kernels.sample.device import DeviceSampling, DeviceTokens
+from headrace.kernels.sample.triton_fields import CHUNK, NUM_PLANES
+from headrace.kernels.sample.triton_scan import finish_kernel, scan_kernel
+
+
+def workspace_bytes(num_rows: int, vocab_size: int, num_entries: int) -> int:
+    """Bytes of workspace that `sample` needs."""
+    num_chunks = -(-vocab_size // CHUNK)
+    return 4 * (NUM_PLANES * num_rows * num_chunks + 3 * num_rows + num_entries)
+
+
+def sample(
+    logits: torch.Tensor,
+    params: DeviceSampling,
+    out: DeviceTokens,
+    workspace: torch.Tensor,
+    *,
+    previous: torch.Tensor | None = None,
+) -> None:
+    """Sample or score each row of logits, float32 [S, V] with dense rows.
+
+    The logits are as they were when this returns; penalties and bans change them in between. workspace: any dtype, at
+    least `workspace_bytes`, aligned to 4. previous: int32 token ids of the step before, where a row's `pending` says
+    so. A row with NaN or infinity is marked in out.is_finite and gets token 0 (or its target) and a logprob of NaN.
+    """
+    num_rows, vocab_size = logits.shape
+    _check(logits, params, out, workspace)
+    if num_rows == 0:
+        return
+    floats = workspace.view(torch.float32)
+    num_chunks = triton.cdiv(vocab_size, CHUNK)
+    shape = (logits.stride(0), vocab_size, num_rows, num_chunks)
+    scan_kernel[(num_rows, num_chunks)](logits, params.rows, floats, *shape, CHUNK=CHUNK, num_warps=4)
+    finish_kernel[(num_rows,)](
+        logits,
+        params.rows,
+        floats,
+        out.token_ids,
+        out.logprob,
+        out.is_finite,
+        *shape,
+        CHUNKS=triton.next_power_of_2(num_chunks),
+        num_warps=1,
+    )
+
+
+def _check(logits: torch.Tensor, params: DeviceSampling, out: DeviceTokens, workspace: torch.Tensor) -> None:
+    num_rows, vocab_size = logits.shape
+    if logits.dtype != torch.float32 or logits.stride(1) != 1:
+        raise ValueError(f"sample: logits {logits.dtype}, strides {logits.stride()}: want float32, dense rows")
+    if params.rows.shape[0] != num_rows or out.token_ids.shape[0] != num_rows:
+        raise ValueError(
+            f"sample: {num_rows} rows of logits, parameters of {params.rows.shape[0]}, out for {out.token_ids.shape[0]}"
+        )
+    needed = workspace_bytes(num_rows, vocab_size, params.entries.shape[0])
+    if workspace.numel() * workspace.element_size() < needed:
+        raise ValueError(f"sample: workspace of {workspace.numel() * workspace.element_size()} bytes, needs {needed}")
