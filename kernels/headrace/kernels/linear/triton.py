@@ -1,11 +1,13 @@
 """The product on the GPU: one launch for norm, product, bias, activation and residual. Called by the GPU executor.
 
-A row's result depends on the row and the weight alone: not on the other rows, their number, or the block sizes.
+A row's result depends on the row and the weight alone: not on the other rows, their number, or the block sizes. For
+many rows the norm is a launch of its own, with the same bits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -13,14 +15,18 @@ from headrace.kernels.linear.config import LinearConfig, default_config
 from headrace.kernels.linear.layout import PLANES
 from headrace.kernels.linear.pack import PackedLinear
 from headrace.kernels.linear.triton_direct import direct_kernel
+from headrace.kernels.linear.triton_norm import norm_rows_kernel
 from headrace.kernels.linear.triton_packed import packed_kernel
 
-QUANTIZED = {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_block": torch.float8_e4m3fn}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+QUANTIZED = {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_block": torch.float8_e4m3fn}
 
-# The workspace opens with one int32 counter per tile, zero between launches; the chunks' sums follow.
+# The workspace opens with one int32 counter per tile, zero between launches; sums of chunks or normed rows follow.
 MAX_SPLIT_TILES = 4096
 COUNTER_BYTES = 4 * MAX_SPLIT_TILES
+
+# Rows up to which the norm is a prologue: every program norms its rows anew, which many rows make dear.
+PROLOGUE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,22 @@ class Tiles:
         return self.n * self.m * (self.splits if self.is_split else 1)
 
 
+@dataclass(frozen=True)
+class _Operands:
+    """The tensors of one launch."""
+
+    x: torch.Tensor
+    out: torch.Tensor
+    norm_weight: torch.Tensor | None
+    eps: float
+    bias: torch.Tensor | None
+    residual: torch.Tensor | None
+    x_scale: torch.Tensor | None
+    partials: torch.Tensor | None
+    counters: torch.Tensor | None
+    activation: str | None
+
+
 def cut(weight: PackedLinear, m: int, config: LinearConfig) -> Tiles:
     """The tiles of a product of m rows."""
     tiles_n, tiles_m = -(-weight.packed_rows // config.block_n), -(-m // config.block_m)
@@ -45,12 +67,16 @@ def cut(weight: PackedLinear, m: int, config: LinearConfig) -> Tiles:
     return Tiles(tiles_n, tiles_m, splits, is_split)
 
 
-def workspace_bytes(weight: PackedLinear, m: int, config: LinearConfig | None = None) -> int:
+def workspace_bytes(weight: PackedLinear, m: int, config: LinearConfig | None = None, *, has_norm: bool = False) -> int:
     """Bytes of workspace that a product of m rows needs; products on one stream share a workspace."""
     config = default_config(weight.kind, m) if config is None else config
     tiles = cut(weight, m, config)
-    sums = 4 * tiles.programs * (config.block_n + 1) * config.block_m if tiles.is_split else 0
-    return COUNTER_BYTES + sums
+    total = COUNTER_BYTES
+    if tiles.is_split:
+        total += 4 * tiles.programs * (config.block_n + 1) * config.block_m
+    if has_norm and m > PROLOGUE_ROWS:
+        total += sum(_normed_bytes(weight, m))
+    return total
 
 
 def linear(
@@ -68,11 +94,13 @@ def linear(
 ) -> None:
     """out = act(norm(x) @ weight.T + bias) + residual.
 
-    x: [M, K] of weight.dtype, dense rows of any stride. out: [M, weight.out_features], rows of any stride, of a float
-    type. norm: (weight [K], eps): x / sqrt(mean(x^2) + eps) * weight first, rounded once, before the division (so
-    x * weight must be finite in x's type). bias: [weight.shape[0]] in the order of the sources. residual: as out, which
-    it may be. activation: "silu" or "gelu_tanh" exactly when the weight is gated: act(gate) * up. workspace: uint8,
-    `workspace_bytes`, 16-byte aligned, zero before its first use; None where the product is not split.
+    x: [M, K] of weight.dtype, dense rows of any stride; or what the weight's kind multiplies (int8 for w8a8, which
+    takes nothing else; float8_e4m3fn for fp8 and fp8_block) with x_scale float32 [M] (fp8_block: [M, ceil(K / 128)]),
+    x * x_scale being the values. out: [M, weight.out_features], rows of any stride, of a float type.
+    norm: (weight [K], eps): x / sqrt(mean(x^2) + eps) * weight first, rounded once, before the division (so x * weight
+    must be finite in x's type). bias: [weight.shape[0]] in the order of the sources. residual: as out, which it may be.
+    activation: "silu" or "gelu_tanh" exactly when the weight is gated: act(gate) * up. workspace: uint8,
+    `workspace_bytes`, 16-byte aligned, zero before its first use; None where none is needed.
     """
     m = x.shape[0]
     config = default_config(weight.kind, m) if config is None else config
@@ -80,44 +108,77 @@ def linear(
     if m == 0:
         return
     tiles = cut(weight, m, config)
+    need = workspace_bytes(weight, m, config, has_norm=norm is not None)
+    if need > COUNTER_BYTES and (workspace is None or workspace.dtype != torch.uint8 or workspace.numel() < need):
+        raise ValueError(f"linear: needs a workspace of {need} bytes (uint8)")
     partials = counters = None
-    if tiles.is_split:
-        need = workspace_bytes(weight, m, config)
-        if workspace is None or workspace.dtype != torch.uint8 or workspace.numel() < need:
-            raise ValueError(f"linear: needs a workspace of {need} bytes (uint8)")
+    if workspace is not None and tiles.is_split:
+        end = workspace_bytes(weight, m, config)
         counters = workspace[:COUNTER_BYTES].view(torch.int32)
-        partials = workspace[COUNTER_BYTES:need].view(torch.float32)
-    launch = _launch_packed if weight.kind in PLANES else _launch_direct
-    launch(x, weight, out, norm, bias, residual, x_scale, activation, partials, counters, tiles, config)
-
-
-def _launch_packed(
-    x: torch.Tensor,
-    weight: PackedLinear,
-    out: torch.Tensor,
-    norm: tuple[torch.Tensor, float] | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-    activation: str | None,
-    partials: torch.Tensor | None,
-    counters: torch.Tensor | None,
-    tiles: Tiles,
-    config: LinearConfig,
-) -> None:
-    layout = weight.blocks
+        partials = workspace[COUNTER_BYTES:end].view(torch.float32)
     norm_weight, eps = (None, 0.0) if norm is None else norm
+    if workspace is not None and norm_weight is not None and m > PROLOGUE_ROWS:
+        x, x_scale = _norm_rows(x, weight, norm_weight, eps, tiles, workspace[:need])
+        norm_weight = None
+    operands = _Operands(x, out, norm_weight, eps, bias, residual, x_scale, partials, counters, activation)
+    if weight.kind in PLANES:
+        _launch_packed(operands, weight, tiles, config)
+    else:
+        _launch_direct(operands, weight, tiles, config)
+
+
+def _normed_bytes(weight: PackedLinear, m: int) -> tuple[int, int]:
+    """Bytes of m normed rows and of their factors."""
+    return -(-m * weight.shape[1] * weight.dtype.itemsize // 16) * 16, 4 * -(-m // 4) * 4
+
+
+def _norm_rows(
+    x: torch.Tensor, weight: PackedLinear, norm_weight: torch.Tensor, eps: float, tiles: Tiles, workspace: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x * norm_weight, its rows' factors), at the end of the workspace."""
+    m, k = x.shape
+    layout = weight.blocks
+    row_bytes, factor_bytes = _normed_bytes(weight, m)
+    start = workspace.numel() - row_bytes - factor_bytes
+    normed = workspace[start : start + row_bytes].view(weight.dtype)[: m * k].view(m, k)
+    factors = workspace[start + row_bytes :].view(torch.float32)[:m]
+    num_blocks = -(-k // layout.block_k)
+    rows = max(1, 512 // layout.words)
+    norm_rows_kernel[(-(-m // rows),)](
+        x,
+        norm_weight,
+        normed,
+        factors,
+        m,
+        k,
+        num_blocks * layout.planes,
+        -(-num_blocks // tiles.splits) * layout.planes,
+        x.stride(0),
+        eps,
+        ROWS=rows,
+        WIDTH=layout.words,
+        LOG2_WIDTH=layout.words.bit_length() - 1,
+        EVEN_K=k % layout.block_k == 0,
+        num_warps=4,
+    )
+    return normed, factors
+
+
+def _launch_packed(operands: _Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> None:
+    layout = weight.blocks
+    x, out, residual = operands.x, operands.out, operands.residual
     packed_kernel[(tiles.programs,)](
         x,
         weight.tensors["words"],
         weight.tensors["scales"],
         weight.tensors.get("zeros"),
         out,
-        norm_weight,
-        bias,
+        operands.norm_weight,
+        operands.bias,
         residual,
-        partials,
-        counters,
+        operands.x_scale,
+        operands.partials,
+        operands.counters,
         x.shape[0],
         weight.packed_rows,
         weight.out_features,
@@ -128,40 +189,18 @@ def _launch_packed(
         x.stride(0),
         out.stride(0),
         0 if residual is None else residual.stride(0),
-        eps,
+        operands.eps,
         PLANES=layout.planes,
         GROUPS=layout.groups,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=layout.block_k,
         LOG2_WORDS=layout.words.bit_length() - 1,
-        SPLITS=tiles.splits,
-        SPLIT_GRID=tiles.is_split,
-        GROUP_N=config.group_n,
-        EVEN_K=weight.shape[1] % layout.block_k == 0,
-        ACTIVATION=activation,
         INLINE_ASM=weight.dtype != torch.float32 and _has_ptx(),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **_common(operands, weight, tiles, config),
     )
 
 
-def _launch_direct(
-    x: torch.Tensor,
-    weight: PackedLinear,
-    out: torch.Tensor,
-    norm: tuple[torch.Tensor, float] | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-    activation: str | None,
-    partials: torch.Tensor | None,
-    counters: torch.Tensor | None,
-    tiles: Tiles,
-    config: LinearConfig,
-) -> None:
+def _launch_direct(operands: _Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> None:
     block_k = weight.blocks.block_k
-    norm_weight, eps = (None, 0.0) if norm is None else norm
+    x, out, residual, x_scale = operands.x, operands.out, operands.residual, operands.x_scale
     values, scales = weight.tensors["weight"], weight.tensors.get("scales")
     if values.dtype == torch.float8_e4m3fn and x.dtype != torch.float8_e4m3fn:
         values = values.view(torch.uint8)
@@ -169,13 +208,13 @@ def _launch_direct(
         x,
         values,
         out,
-        norm_weight,
-        bias,
+        operands.norm_weight,
+        operands.bias,
         residual,
         x_scale,
         scales,
-        partials,
-        counters,
+        operands.partials,
+        operands.counters,
         x.shape[0],
         weight.packed_rows,
         weight.out_features,
@@ -189,21 +228,29 @@ def _launch_direct(
         0 if residual is None else residual.stride(0),
         0 if x_scale is None else x_scale.stride(0),
         0 if scales is None else scales.stride(0),
-        eps,
+        operands.eps,
         IS_BLOCK_SCALED=weight.kind == "fp8_block",
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=block_k,
         LOG2_BLOCK_K=block_k.bit_length() - 1,
-        SPLITS=tiles.splits,
-        SPLIT_GRID=tiles.is_split,
-        GROUP_N=config.group_n,
-        EVEN_K=weight.shape[1] % block_k == 0,
         EVEN_N=weight.packed_rows % config.block_n == 0,
-        ACTIVATION=activation,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **_common(operands, weight, tiles, config),
     )
+
+
+def _common(operands: _Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> dict[str, Any]:
+    """The constants and launch parameters that both kernels take."""
+    block_k = weight.blocks.block_k
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": block_k,
+        "SPLITS": tiles.splits,
+        "SPLIT_GRID": tiles.is_split,
+        "GROUP_N": config.group_n,
+        "EVEN_K": weight.shape[1] % block_k == 0,
+        "ACTIVATION": operands.activation,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def _has_ptx() -> bool:
@@ -230,7 +277,7 @@ def _check(
     if (x.dtype == quantized) != (x_scale is not None) or (x_scale is not None and norm is not None):
         raise ValueError(f"linear: x_scale belongs to quantised x, x is {x.dtype}; norm to x of {weight.dtype}")
     if weight.kind == "w8a8" and x.dtype != torch.int8:
-        raise ValueError(f"linear: int8 weights of a w8a8 matrix take int8 x, not {x.dtype}")
+        raise ValueError(f"linear: the int8 weights of a w8a8 matrix take int8 x, not {x.dtype}")
     if x_scale is not None:
         want = (x.shape[0], -(-k // 128)) if weight.kind == "fp8_block" else (x.shape[0],)
         if x_scale.shape != want or x_scale.dtype != torch.float32 or x_scale.stride(-1) != 1:
@@ -246,7 +293,7 @@ def _check(
         if tensor is not None and (tensor.shape != (size,) or tensor.stride(0) != 1 or tensor.dtype not in FLOATS):
             raise ValueError(f"linear: {name} {_describe(tensor)}: want [{size}] of a float type")
     if weight.is_gated != (activation is not None) or activation not in (None, "silu", "gelu_tanh"):
-        raise ValueError(f"linear: activation {activation!r} with a matrix that is {weight.is_gated=}")
+        raise ValueError(f"linear: activation {activation!r}, and the matrix has is_gated = {weight.is_gated}")
 
 
 def _describe(tensor: torch.Tensor) -> str:

@@ -7,7 +7,15 @@ unit keeps only some 14 bits of a long fp8 sum (DeepSeek-V3 report, section 3.3.
 
 import triton
 import triton.language as tl
-from headrace.kernels.linear.triton_tile import add_chunks, finish_tile, keep_chunk, sum_columns, tile_of_program
+from headrace.kernels.linear.triton_tile import (
+    add_chunks,
+    add_squares,
+    finish_tile,
+    keep_chunk,
+    sum_columns,
+    tile_of_program,
+    times_norm_weight,
+)
 
 SCALE_BLOCK = tl.constexpr(128)  # rows and columns per scale of fp8_block
 
@@ -117,17 +125,12 @@ def _finish(
 ):
     BLOCK_N: tl.constexpr = total.shape[0]
     BLOCK_M: tl.constexpr = total.shape[1]
-    row_scale = tl.rsqrt(squares / K + eps)
-    if not IS_BLOCK_SCALED:
-        if w_scale is not None:
-            row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-            total = total * tl.load(w_scale + row, mask=row < num_rows, other=0.0)[:, None]
-        if x_scale is not None:
-            m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-            row_scale = tl.load(x_scale + m, mask=m < M, other=0.0)
+    if w_scale is not None and not IS_BLOCK_SCALED:
+        row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = total * tl.load(w_scale + row, mask=row < num_rows, other=0.0)[:, None]
     finish_tile(
-        total, row_scale, out, residual, bias, tile_n * BLOCK_N, tile_m * BLOCK_M, M, num_rows, out_features,
-        stride_out, stride_residual, ACTIVATION, HAS_NORM or (x_scale is not None and not IS_BLOCK_SCALED),
+        total, squares, None if IS_BLOCK_SCALED else x_scale, out, residual, bias, tile_n * BLOCK_N,
+        tile_m * BLOCK_M, M, K, num_rows, out_features, stride_out, stride_residual, eps, ACTIVATION, HAS_NORM,
     )  # fmt: skip
 
 
@@ -175,13 +178,8 @@ def _sum_blocks(
         w = _load(weight + offset, in_n, column, K - offset, EVEN_N, EVEN_K)
         a = _load(x + offset, in_m, column, K - offset, False, EVEN_K)
         if HAS_NORM:
-            a32 = a.to(tl.float32)
-            squares += a32 * a32
-            if EVEN_K:
-                factor = tl.load(norm_weight + offset + column)
-            else:
-                factor = tl.load(norm_weight + offset + column, mask=column < K - offset, other=0.0)
-            a = (a32 * factor.to(tl.float32)[None, :]).to(dtype)
+            squares = add_squares(squares, a)
+            a = times_norm_weight(a, norm_weight + offset, K - offset, EVEN_K)
         if weight.dtype.element_ty == tl.uint8:
             w = from_e4m3_bits(w, dtype)
         if dtype == tl.float8e4nv or IS_BLOCK_SCALED:

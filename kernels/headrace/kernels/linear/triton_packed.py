@@ -7,7 +7,15 @@ ones leaves where it is needed: exact, and cheaper than moving a sum across thre
 
 import triton
 import triton.language as tl
-from headrace.kernels.linear.triton_tile import add_chunks, finish_tile, keep_chunk, sum_columns, tile_of_program
+from headrace.kernels.linear.triton_tile import (
+    add_chunks,
+    add_squares,
+    finish_tile,
+    keep_chunk,
+    sum_columns,
+    tile_of_program,
+    times_norm_weight,
+)
 from headrace.kernels.linear.triton_unpack import int4_plane, int8_plane
 
 TILE = tl.constexpr(64)  # layout.TILE
@@ -23,6 +31,7 @@ def packed_kernel(
     norm_weight,
     bias,
     residual,
+    x_scale,
     partials,
     counters,
     M,
@@ -79,13 +88,13 @@ def packed_kernel(
         if before == SPLITS - 1:
             total, squares = add_chunks(partials, counters, tile, SPLITS, BLOCK_N, BLOCK_M, HAS_NORM)
             finish_tile(
-                total, tl.rsqrt(squares / K + eps), out, residual, bias, tile_n * BLOCK_N, tile_m * BLOCK_M, M,
-                num_rows, out_features, stride_out, stride_residual, ACTIVATION, HAS_NORM,
+                total, squares, x_scale, out, residual, bias, tile_n * BLOCK_N, tile_m * BLOCK_M, M, K,
+                num_rows, out_features, stride_out, stride_residual, eps, ACTIVATION, HAS_NORM,
             )  # fmt: skip
     else:
         finish_tile(
-            total, tl.rsqrt(squares / K + eps), out, residual, bias, tile_n * BLOCK_N, tile_m * BLOCK_M, M,
-            num_rows, out_features, stride_out, stride_residual, ACTIVATION, HAS_NORM,
+            total, squares, x_scale, out, residual, bias, tile_n * BLOCK_N, tile_m * BLOCK_M, M, K,
+            num_rows, out_features, stride_out, stride_residual, eps, ACTIVATION, HAS_NORM,
         )  # fmt: skip
 
 
@@ -144,13 +153,8 @@ def _sum_blocks(
                 else:
                     a = tl.load(x + offset, mask=in_m & (column < K - offset)[None, :], other=0.0)
                 if HAS_NORM:
-                    a32 = a.to(tl.float32)
-                    squares += a32 * a32
-                    if EVEN_K:
-                        w = tl.load(norm_weight + offset + column)
-                    else:
-                        w = tl.load(norm_weight + offset + column, mask=column < K - offset, other=0.0)
-                    a = (a32 * w.to(tl.float32)[None, :]).to(dtype)
+                    squares = add_squares(squares, a)
+                    a = times_norm_weight(a, norm_weight + offset, K - offset, EVEN_K)
                 if PLANES == 4:
                     weight = int4_plane(packed, group * PER_GROUP + plane, dtype, INLINE_ASM)
                 else:

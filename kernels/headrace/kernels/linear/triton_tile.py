@@ -43,6 +43,33 @@ def sum_columns(values, LOG2_COLS: tl.constexpr):
 
 
 @triton.jit
+def add_squares(squares, x):
+    """squares + x^2, float32."""
+    wide = x.to(tl.float32)
+    return squares + wide * wide
+
+
+@triton.jit
+def times_norm_weight(x, norm_weight, columns_left, EVEN_K: tl.constexpr):
+    """x [R, C] of 16 or 32 bits times norm_weight [C] at its first column, rounded once to x's type."""
+    column = tl.arange(0, x.shape[1])
+    if EVEN_K:
+        factor = tl.load(norm_weight + column)
+    else:
+        factor = tl.load(norm_weight + column, mask=column < columns_left, other=0.0)
+    if factor.dtype == x.dtype:  # two at a time
+        return x * factor[None, :]
+    else:
+        return (x.to(tl.float32) * factor.to(tl.float32)[None, :]).to(x.dtype)
+
+
+@triton.jit
+def norm_factor(squares, K, eps):
+    """1 / sqrt(mean of squares + eps) of rows of K columns."""
+    return tl.rsqrt(squares / K + eps)
+
+
+@triton.jit
 def keep_chunk(
     acc,
     squares,
@@ -107,29 +134,36 @@ def activate(gate, up, ACTIVATION: tl.constexpr):
 @triton.jit
 def finish_tile(
     acc,
-    row_scale,
+    squares,
+    x_scale,
     out,
     residual,
     bias,
     first_row,
     first_m,
     M,
+    K,
     num_rows,
     out_features,
     stride_out,
     stride_residual,
+    eps,
     ACTIVATION: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
 ):
     """Scale rows of x, add the bias, act, add the residual, and store [BLOCK_M, BLOCK_N (/ 2 if gated)].
 
-    row_scale: float32 [BLOCK_M]. bias: [out_features], or [2 * out_features] (gate, then up). num_rows: of the weight.
+    squares: float32 [BLOCK_M], of rows to norm. x_scale: float32 [M] or None. bias: [out_features], or gated
+    [2 * out_features] (gate, then up). num_rows: of the weight.
     """
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
     rows = first_row + tl.arange(0, BLOCK_N)
-    if HAS_ROW_SCALE:
-        acc = acc * row_scale[None, :]
+    m = first_m + tl.arange(0, BLOCK_M)
+    if x_scale is not None:
+        acc = acc * tl.load(x_scale + m, mask=m < M, other=0.0)[None, :]
+    if HAS_NORM:
+        acc = acc * norm_factor(squares, K, eps)[None, :]
     if bias is not None:
         if ACTIVATION is None:
             entry = rows
@@ -146,7 +180,6 @@ def finish_tile(
         gate, up = tl.split(tl.permute(halves, (0, 2, 3, 1)))
         acc = tl.reshape(activate(gate, up, ACTIVATION), (BLOCK_N // 2, BLOCK_M))
         columns = first_row // 2 + tl.arange(0, BLOCK_N // 2)
-    m = first_m + tl.arange(0, BLOCK_M)
     mask = (columns < out_features)[:, None] & (m < M)[None, :]
     m = m.to(tl.int64)
     if residual is not None:
