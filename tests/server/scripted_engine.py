@@ -73,7 +73,7 @@ def build(step_seconds: float, load_seconds: float) -> engine_main.Build:
         config = EngineConfig(
             num_blocks=load.num_blocks or 129,
             max_model_len=min(CONTEXT_LENGTH, load.max_model_len or CONTEXT_LENGTH),
-            block_size=load.block_size,
+            block_size=load.block_size or 16,
             max_num_batched_tokens=load.max_num_batched_tokens or 512,
             max_num_seqs=load.max_num_seqs,
             max_waiting_seqs=load.max_live_sequences,

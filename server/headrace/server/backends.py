@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from importlib import util
 from typing import Literal
 
+from headrace.kernels.gpu import device
 from headrace.kernels.native import library
 from headrace.kernels.native.library import NativeInfo, NativeLibraryError
 from headrace.kernels.program import StepProgram
 from headrace.models.errors import ModelError
 
 KvDtype = Literal["fp32", "fp16", "bf16", "int8"]
+BackendName = Literal["native", "triton", "torch"]
 
 _BYTES: dict[KvDtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 _ALIGN = 64  # bytes: each KV head's part of a block is a multiple (kernels/csrc/kv.h)
@@ -26,15 +28,24 @@ _INSTALL_TORCH = "pip install 'headrace[server,torch]'"
 class Choice:
     """The back end that was chosen. is_fallback: nobody asked for it; it is what is left, and `why` says so."""
 
-    name: Literal["native", "torch"]
+    name: BackendName
     why: str
     is_fallback: bool
 
 
 def choose(wanted: str = "auto") -> Choice:
-    """`wanted`: "native", "torch", or "auto" for the best that runs here. Raises ModelError with what to install."""
-    if wanted not in ("auto", "native", "torch"):
-        raise ModelError(f"there is no back end {wanted}: native, torch or auto")
+    """`wanted`: "native", "triton", "torch", or "auto" for the best that runs here. Raises ModelError with what to
+    install. auto never takes the CPU where there is a GPU that the kernels could use but for its driver or age."""
+    if wanted not in ("auto", "native", "triton", "torch"):
+        raise ModelError(f"there is no back end {wanted}: native, triton, torch or auto")
+    if wanted in ("auto", "triton"):
+        found = device.probe()
+        if found.gpu is not None or (found.interprets and wanted == "triton"):
+            return Choice("triton", found.why, False)
+        if wanted == "triton":
+            raise ModelError(f"the triton back end cannot run: {found.why}")
+        if found.is_broken:
+            raise ModelError(f"the GPU cannot be used: {found.why}; --backend native serves on the CPU")
     if wanted == "torch":
         if has_torch():
             return Choice("torch", "asked for", False)
@@ -68,6 +79,8 @@ def choose_kv_dtype(backend: str, wanted: str) -> KvDtype:
         if wanted not in ("auto", "fp32"):
             raise ModelError(f"the torch back end keeps keys and values in fp32 only, not in {wanted}")
         return "fp32"
+    if wanted == "fp8":
+        raise ModelError("the native back end keeps keys and values in fp32, fp16, bf16 or int8, not in fp8")
     chosen: dict[str, KvDtype] = {"auto": "fp16", **{name: name for name in _BYTES}}
     return chosen[wanted]
 

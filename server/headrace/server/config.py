@@ -13,8 +13,10 @@ from typing import Literal, get_args
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 
 
-BackendName = Literal["auto", "native", "torch"]
-KvDtype = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+BackendName = Literal["auto", "native", "triton", "torch"]
+KvDtype = Literal["auto", "fp32", "fp16", "bf16", "fp8", "int8"]
+ComputeDtype = Literal["auto", "fp32", "fp16", "bf16"]
+AttentionName = Literal["auto", "triton", "flash"]
 
 
 class ConfigError(ValueError):
@@ -41,8 +43,12 @@ class ServerConfig:
     backend: BackendName = "auto"
     kv_dtype: KvDtype = "auto"  # how keys and values are kept
     activation_bits: int = 8  # 8 or 16: of what meets quantised weights on the native back end
-    block_size: int = 16
+    compute_dtype: ComputeDtype = "auto"  # of activations and products on a GPU
+    attention: AttentionName = "auto"  # which kernels compute attention on a GPU
+    gpu_memory_fraction: float = 0.92  # of the GPU's memory that weights, activations and KV blocks may take
+    block_size: int = 0
     num_blocks: int = 0
+    kv_cache_tokens: int = 0  # another way to say num_blocks
     kv_cache_bytes: int = 0
     max_num_batched_tokens: int = 0
     max_num_seqs: int = 64
@@ -92,8 +98,10 @@ class ServerConfig:
 # Name, least, most (both included).
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("port", 0, 65535),
-    ("block_size", 1, 256),
+    ("block_size", 0, 256),
     ("num_blocks", 0, 1 << 24),
+    ("kv_cache_tokens", 0, 1 << 31),
+    ("gpu_memory_fraction", 0.05, 1.0),
     ("kv_cache_bytes", 0, 1 << 44),
     ("max_num_batched_tokens", 0, 65536),
     ("max_num_seqs", 1, 4096),
@@ -117,6 +125,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 _CHOICES: dict[str, tuple[str, ...]] = {
     "backend": get_args(BackendName),
     "kv_dtype": get_args(KvDtype),
+    "compute_dtype": get_args(ComputeDtype),
+    "attention": get_args(AttentionName),
     "log_format": ("text", "json"),
 }
 _TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}

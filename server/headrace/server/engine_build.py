@@ -24,6 +24,7 @@ log = logging.getLogger("headrace.engine")
 # What KV blocks may take where nothing is configured: enough for a few long contexts of a small model, never most of a
 # machine.
 _DEFAULT_KV_BYTES = 512 << 20
+_CPU_BLOCK_SIZE = 16
 _MIN_LOGIT_ROWS = 256
 
 
@@ -44,6 +45,10 @@ def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Bui
     """
     choice = backends.choose(load.backend)
     log.log(logging.WARNING if choice.is_fallback else logging.INFO, "back end %s: %s", choice.name, choice.why)
+    if choice.name == "triton":
+        from headrace.server.gpu_build import build_triton  # imports torch and triton
+
+        return build_triton(load, on_progress)
     kv_dtype = backends.choose_kv_dtype(choice.name, load.kv_dtype)
     build = _build_native if choice.name == "native" else _build_torch
     return build(load, kv_dtype, on_progress)
@@ -94,11 +99,27 @@ def _num_threads(load: frames.Load) -> int:
 def _engine_config(
     backend: str, load: frames.Load, program: StepProgram, info: ModelInfo, kv_dtype: backends.KvDtype
 ) -> EngineConfig:
+    block_size = load.block_size or _CPU_BLOCK_SIZE
+    block_bytes = backends.kv_block_bytes(program, block_size, kv_dtype)
+    fitting = max(2, (load.kv_cache_bytes or _DEFAULT_KV_BYTES) // block_bytes)
+    return engine_config(
+        backend, load, info, block_size=block_size, num_blocks=wanted_blocks(load, block_size) or fitting
+    )
+
+
+def wanted_blocks(load: frames.Load, block_size: int) -> int:
+    """KV blocks that were asked for by number or by tokens; 0: neither."""
+    return load.num_blocks or -(-load.kv_cache_tokens // block_size)
+
+
+def engine_config(
+    backend: str, load: frames.Load, info: ModelInfo, *, block_size: int, num_blocks: int
+) -> EngineConfig:
+    """The engine's limits as the front end asks for them and the model allows."""
     context = info.context_length
-    block_bytes = backends.kv_block_bytes(program, load.block_size, kv_dtype)
     return EngineConfig(
-        block_size=load.block_size,
-        num_blocks=load.num_blocks or max(2, (load.kv_cache_bytes or _DEFAULT_KV_BYTES) // block_bytes),
+        block_size=block_size,
+        num_blocks=num_blocks,
         max_num_batched_tokens=backends.token_budget(backend, load.max_num_batched_tokens, load.max_num_seqs),
         max_num_seqs=load.max_num_seqs,
         max_logit_rows=max(_MIN_LOGIT_ROWS, load.max_num_seqs),

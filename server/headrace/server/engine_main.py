@@ -172,7 +172,8 @@ def _load(link: Link, build: Build) -> Built | None:
         log.exception("the model could not be loaded")
         link.send(frames.LoadFailed(str(error) or type(error).__name__))
         return None
-    link.send(frames.Ready(built.backend, built.num_threads, built.max_model_len, built.engine.stats()))
+    block_size = built.engine.config.block_size
+    link.send(frames.Ready(built.backend, built.num_threads, built.max_model_len, built.engine.stats(), block_size))
     return built
 
 

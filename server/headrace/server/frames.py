@@ -42,6 +42,10 @@ class Load(msgspec.Struct, frozen=True, tag="load", forbid_unknown_fields=True):
     backend: str = "auto"
     kv_dtype: str = "auto"
     activation_bits: Literal[8, 16] = 8
+    kv_cache_tokens: int = 0
+    compute_dtype: str = "auto"
+    attention: str = "auto"
+    gpu_memory_fraction: float = 0.92
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", forbid_unknown_fields=True):
@@ -105,6 +109,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", forbid_unknown_fields=True
     num_threads: int
     max_model_len: int
     stats: EngineStats
+    block_size: int = 16
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused", forbid_unknown_fields=True):

@@ -160,6 +160,10 @@ class ModelHost:
             backend=config.backend,
             kv_dtype=config.kv_dtype,
             activation_bits=16 if config.activation_bits == 16 else 8,
+            kv_cache_tokens=config.kv_cache_tokens,
+            compute_dtype=config.compute_dtype,
+            attention=config.attention,
+            gpu_memory_fraction=config.gpu_memory_fraction,
         )
 
     @staticmethod

@@ -17,11 +17,14 @@ INTERPRET_VARIABLE = "TRITON_INTERPRET"
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _NUM_SMS = 75, 76, 16  # CUdevice_attribute of cuda.h
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _DRIVER_MISMATCH = 803  # CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
-_UNSUPPORTED_PTX = 222
 
 
 class GpuUnavailableError(RuntimeError):
-    """There is no GPU that can be used; the message says why and what would help."""
+    """There is no GPU that can be used; the message says why and what would help. is_broken: as in Probe."""
+
+    def __init__(self, message: str, *, is_broken: bool = False) -> None:
+        super().__init__(message)
+        self.is_broken = is_broken
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found: a GPU or why there is none; `interprets`: kernels run on the CPU in Triton's interpreter."""
+    """What was found: a GPU or why there is none. interprets: kernels run on the CPU in Triton's interpreter.
+    is_broken: there is a GPU, and what keeps it from being used could be mended, or is its age."""
 
     gpu: Gpu | None
     why: str
     interprets: bool = False
+    is_broken: bool = False
 
     @property
     def is_usable(self) -> bool:
@@ -68,10 +73,10 @@ def probe() -> Probe:
     try:
         gpu = _ask_driver()
     except GpuUnavailableError as error:
-        return Probe(None, str(error))
+        return Probe(None, str(error), is_broken=error.is_broken)
     problem = too_old(gpu)
     if problem:
-        return Probe(None, problem)
+        return Probe(None, problem, is_broken=True)
     major, minor = gpu.driver
     return Probe(gpu, f"{gpu.name}, {gpu.arch}, {gpu.memory / (1 << 30):.0f} GiB, driver for CUDA {major}.{minor}")
 
@@ -93,7 +98,7 @@ def _ask_driver() -> Gpu:
         raise GpuUnavailableError("no NVIDIA driver (libcuda.so.1 cannot be loaded)") from None
     code = int(cuda.cuInit(0))
     if code:
-        raise GpuUnavailableError(_init_failure(code))
+        raise GpuUnavailableError(_init_failure(code), is_broken=code != _NO_DEVICE)
     version, count = ctypes.c_int(), ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))
     cuda.cuDeviceGetCount(ctypes.byref(count))

@@ -6,12 +6,12 @@ nothing: the gather of rows that stands before the output head moves up. Called 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from headrace.kernels.gpu.names import Names
-from headrace.kernels.gpu.ops import Attention, Embed, GpuOp, GpuProgram, Norm, Product, RopeKv, View, reads, writes
-from headrace.kernels.program import Add, Buffer, GatedActivation, SelectRows, SoftCap
+from headrace.kernels.gpu.ops import Attention, Embed, GpuOp, GpuProgram, Product, RopeKv, View, reads, writes
+from headrace.kernels.program import Buffer, SelectRows
 
 
 def select_rows_early(program: GpuProgram) -> GpuProgram:
@@ -75,19 +75,12 @@ class _Renaming:
         return new
 
     def op(self, op: GpuOp) -> GpuOp:
-        fields = dict(self._fields(op))
-        return replace(op, **fields)
-
-    def _fields(self, op: GpuOp) -> Iterator[tuple[str, str]]:
-        """The fields of `op` that name buffers, renamed."""
-        of = {
-            Norm: ("out", "x"),
-            Product: ("out", "x", "residual"),
-            Add: ("out", "a", "b"),
-            GatedActivation: ("out", "gate", "up"),
-            SoftCap: ("x",),
+        """The op on the twins; only ops without a view of other rows come here (`_earliest`)."""
+        fields = {
+            field: getattr(op, field)
+            for field in ("out", "x", "residual", "a", "b", "gate", "up")
+            if hasattr(op, field)
         }
-        for field in of[type(op)]:  # type: ignore[index]
-            old = getattr(op, field)
-            if old is not None:
-                yield field, self.name(old)
+        renamed = {field: self.name(name) for field, name in fields.items() if name is not None}
+        changed: GpuOp = replace(op, **renamed)  # type: ignore[arg-type]
+        return changed

@@ -15,6 +15,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import psutil
+from headrace.kernels.gpu import device
 from headrace.kernels.native import library
 from headrace.models.errors import ModelError
 from headrace.server import backends
@@ -109,14 +110,21 @@ def detect_backends(machine: Machine) -> list[Backend]:
         choice = backends.choose(wanted)
         chosen, why_fallback = choice.name, choice.why if choice.is_fallback else ""
     found = [_native(chosen == "native"), _torch(chosen == "torch", why_fallback)]
+    triton = _triton(chosen == "triton")
     found.sort(key=lambda backend: not backend.is_chosen)
-    gpu = f"{machine.gpus[0]}; not part of this version" if machine.gpus else "no NVIDIA GPU"
-    has_flash = util.find_spec("flash_attn") is not None
-    return [
-        *found,
-        Backend("triton-cuda", False, False, gpu),
-        Backend("flash-attn", has_flash, False, f"flash-attn is {'' if has_flash else 'not '}installed"),
-    ]
+    flash = "flash-attn is installed; --attention flash takes it" if _has_flash() else "flash-attn is not installed"
+    rest = [triton, Backend("flash-attn", triton.is_available and _has_flash(), False, flash)]
+    return [triton, *found, rest[1]] if triton.is_chosen else [*found, *rest]
+
+
+def _triton(is_chosen: bool) -> Backend:
+    found = device.probe()
+    name = "triton-interpreter" if found.interprets else "triton-cuda"
+    return Backend(name, found.is_usable, is_chosen, found.why)
+
+
+def _has_flash() -> bool:
+    return util.find_spec("flash_attn") is not None
 
 
 def _native(is_chosen: bool) -> Backend:

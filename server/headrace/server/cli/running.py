@@ -94,8 +94,8 @@ def choices(server: RunningServer) -> list[tuple[str, str]]:
     rows.append(("context", f"{host.context_length} tokens"))
     if host.supervisor.ready is not None:
         blocks = host.supervisor.ready.stats.num_total_blocks
-        tokens = blocks * config.block_size
-        rows.append(("KV cache", f"{blocks} blocks of {config.block_size} tokens: {tokens} tokens"))
+        size = host.supervisor.ready.block_size
+        rows.append(("KV cache", f"{blocks} blocks of {size} tokens: {blocks * size} tokens"))
     budget = backends.token_budget(host.backend, config.max_num_batched_tokens, config.max_num_seqs)
     rows.append(("step", f"up to {config.max_num_seqs} sequences and {budget} tokens"))
     return rows

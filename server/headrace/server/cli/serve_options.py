@@ -35,21 +35,23 @@ Threads = Annotated[
     ),
 ]
 Backend = Annotated[
-    Literal["auto", "native", "torch"],
+    Literal["auto", "native", "triton", "torch"],
     typer.Option(
         "--backend",
         envvar="HEADRACE_BACKEND",
         rich_help_panel=_ENGINE,
-        help="What computes: the native library, or the slow torch reference. auto: as `headrace doctor` says.",
+        help="What computes: triton on an NVIDIA GPU, the native library on the CPU, or the slow torch reference. "
+        "auto: as `headrace doctor` says.",
     ),
 ]
 KvDtype = Annotated[
-    Literal["auto", "fp32", "fp16", "bf16", "int8"],
+    Literal["auto", "fp32", "fp16", "bf16", "fp8", "int8"],
     typer.Option(
         "--kv-dtype",
         envvar="HEADRACE_KV_DTYPE",
         rich_help_panel=_ENGINE,
-        help="How keys and values are kept: less memory, more tokens. auto: fp16; fp32 with torch.",
+        help="How keys and values are kept: less memory, more tokens. auto: fp16; fp32 with torch; on a GPU, which "
+        "alone takes fp8, the compute dtype.",
     ),
 ]
 ActivationBits = Annotated[
@@ -61,6 +63,33 @@ ActivationBits = Annotated[
         min=8,
         max=16,
         help="Precision of what meets quantised weights: 8, or 16: the tokens of a float32 model, slower in batches.",
+    ),
+]
+ComputeDtype = Annotated[
+    Literal["auto", "fp32", "fp16", "bf16"],
+    typer.Option(
+        "--compute-dtype",
+        envvar="HEADRACE_COMPUTE_DTYPE",
+        rich_help_panel=_ENGINE,
+        help="Precision of activations and products on a GPU. auto: bf16; fp16 with an fp8 KV cache.",
+    ),
+]
+Attention = Annotated[
+    Literal["auto", "triton", "flash"],
+    typer.Option(
+        "--attention",
+        envvar="HEADRACE_ATTENTION",
+        rich_help_panel=_ENGINE,
+        help="Attention kernels on a GPU: our own, or flash-attn where it is installed.",
+    ),
+]
+GpuMemoryFraction = Annotated[
+    float,
+    typer.Option(
+        "--gpu-memory-fraction",
+        envvar="HEADRACE_GPU_MEMORY_FRACTION",
+        rich_help_panel=_ENGINE,
+        help="Share of the GPU's memory for weights, activations and the KV cache, which gets what is left.",
     ),
 ]
 MaxNumSeqs = Annotated[

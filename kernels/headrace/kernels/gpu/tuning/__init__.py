@@ -3,8 +3,8 @@
 `lookup` is called by the executor when it is made; what it does not know has the op's own default, which is valid on
 every target. `bench/tune.py` writes a table on a GPU; the ahead-of-time gate compiles every entry of every table.
 
-A row's sums must not depend on how many rows a step has, so parameters that change their order (ORDER) must be the same
-for every `m` of one weight: `load_table` refuses a table where they are not.
+A row's sums must not depend on how many rows a step has, so parameters that change their order (ORDER, by op) must be
+the same for every `m` of one shape: `load_table` refuses a table where they are not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-ORDER = ("block_k", "split_k", "split")
+ORDER = {"linear": (), "paged_attention": ("block_n", "split")}
 
 
 class TuningTableError(ValueError):
@@ -94,10 +94,12 @@ def parse_table(data: Mapping[str, Any], name: str) -> Table:
         entry = Entry(item["op"], tuple(sorted(shape.items())), item["m"], config, float(item.get("microseconds", 0.0)))
         grouped.setdefault((entry.op, entry.key), []).append(entry)
     for (op, key), entries in grouped.items():
-        orders = {tuple(entry.config.get(parameter) for parameter in ORDER) for entry in entries}
+        if op not in ORDER:
+            raise TuningTableError(f"{name}: there is no op {op} to tune")
+        orders = {tuple(entry.config.get(parameter) for parameter in ORDER[op]) for entry in entries}
         if len(orders) > 1:
             raise TuningTableError(
-                f"{name}: {op} {dict(key)} sums in different orders for different m ({', '.join(ORDER)} must agree)"
+                f"{name}: {op} {dict(key)} sums in different orders for different m ({', '.join(ORDER[op])} must agree)"
             )
     by_m = {key: tuple(sorted(entries, key=lambda entry: entry.m)) for key, entries in grouped.items()}
     return Table(str(data["gpu"]), str(data["arch"]), str(data["triton"]), by_m)

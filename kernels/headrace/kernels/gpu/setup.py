@@ -1,0 +1,217 @@
+"""What the executor looks up once, when it is made: device, workspaces, tuned block sizes, steps to warm up with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from headrace.kernels.batch import StepBatch
+from headrace.kernels.gpu import attention, device, memory, tuning
+from headrace.kernels.gpu.ops import Attention, GpuProgram
+from headrace.kernels.gpu.shape import StepLimits
+from headrace.kernels.gpu.weights import DeviceWeights
+from headrace.kernels.linear import triton as linear
+from headrace.kernels.linear.config import LinearConfig, default_config
+from headrace.kernels.linear.pack import PackedLinear
+from headrace.kernels.paged_attention import AttentionConfig
+from headrace.kernels.paged_attention.triton import workspace_bytes
+
+if TYPE_CHECKING:
+    from headrace.kernels.gpu.executor import GpuOptions
+
+# In the interpreter a program costs milliseconds whatever its size: few large ones. No bit depends on it.
+_INTERPRETED_LINEAR = {"block_n": 128, "split_programs": 0}
+# Partial results of split KV: enough for a full batch of long contexts; more sequences take several calls.
+_MAX_ATTENTION_WORKSPACE = 256 << 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where kernels run. arch: "sm_90", "interpreter" or "meta". capability None: not on a GPU."""
+
+    device: torch.device
+    name: str
+    arch: str
+    capability: tuple[int, int] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Launching:
+    """How ops are launched here. linear_config: of a matrix (by name) for so many rows. linear_workspace,
+    attention_workspace: uint8, for partial sums; the first begins with counters that are zero between launches."""
+
+    attention: attention.AttentionChoice
+    attention_config: AttentionConfig
+    attention_workspace: torch.Tensor
+    linear_config: Callable[[str, int], LinearConfig]
+    linear_workspace: torch.Tensor
+
+
+def find_target(name: str) -> Target:
+    """name: "cuda", "cpu" (Triton's interpreter) or "meta". Raises GpuUnavailableError."""
+    if name == "meta":
+        return Target(torch.device("meta"), "no device", "meta", None)
+    if name == "cpu":
+        if not device.interprets():
+            raise device.GpuUnavailableError(f"without a GPU the kernels need {device.INTERPRET_VARIABLE}=1")
+        return Target(torch.device("cpu"), "the interpreter", "interpreter", None)
+    found = device.probe()
+    if found.gpu is None:
+        raise device.GpuUnavailableError(found.why)
+    problem = device.driver_mismatch(found.gpu.driver, torch.version.cuda)
+    if problem:
+        raise device.GpuUnavailableError(problem)
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise device.GpuUnavailableError(f"torch cannot use the GPU: {error}") from None
+    index = torch.cuda.current_device()
+    return Target(torch.device("cuda", index), found.gpu.name, found.gpu.arch, found.gpu.capability)
+
+
+def launching(
+    program: GpuProgram, weights: DeviceWeights, limits: StepLimits, options: GpuOptions, target: Target
+) -> Launching:
+    """Choose attention and its config, size the workspaces. Raises ValueError where no kernel takes the model."""
+    ops = [op for op in program.ops if isinstance(op, Attention)]
+    use = attention.use_of(
+        ops,
+        block_size=limits.block_size,
+        compute_dtype=options.compute_dtype,
+        kv_dtype=options.kv_dtype,
+        arch=target.arch,
+        is_interpreted=target.capability is None,
+    )
+    choice = attention.choose(use, options.attention)
+    config = attention_config(ops[0], limits.block_size, options.kv_dtype, target)
+    linear_config = _LinearConfigs(weights.matrices, target)
+    need = max(_attention_need(op, config, limits.max_seqs, 1, limits.max_model_len) for op in ops)
+    least = max(_attention_need(op, config, 1, limits.max_tokens, limits.max_model_len) for op in ops)
+    size = max(least, min(need, _MAX_ATTENTION_WORKSPACE))
+    return Launching(
+        choice,
+        config,
+        torch.zeros(size, dtype=torch.uint8, device=target.device),
+        linear_config,
+        torch.zeros(_linear_need(program, weights, limits, linear_config), dtype=torch.uint8, device=target.device),
+    )
+
+
+def attention_config(op: Attention, block_size: int, kv_dtype: str, target: Target) -> AttentionConfig:
+    """The tuned config of the model's attention, or the default; its tile is at most a block."""
+    shape: dict[str, int | str] = {
+        "head_dim": op.head_dim,
+        "group": op.num_heads // op.num_kv_heads,
+        "kv_dtype": kv_dtype,
+        "block_size": block_size,
+    }
+    found = tuning.lookup("paged_attention", target.name, target.arch, m=1, **shape)
+    default = AttentionConfig()
+    config = replace(default, block_n=min(default.block_n, block_size))
+    return replace(config, **found)
+
+
+def attention_bytes(program: GpuProgram, launch: Launching, num_seqs: int, max_query_len: int, max_seq_len: int) -> int:
+    """Workspace that one call of attention needs, the most of all layers."""
+    kinds = {(op.num_heads, op.num_kv_heads, op.head_dim): op for op in program.ops if isinstance(op, Attention)}
+    sizes = (num_seqs, max_query_len, max_seq_len)
+    return max(_attention_need(op, launch.attention_config, *sizes) for op in kinds.values())
+
+
+def _attention_need(op: Attention, config: AttentionConfig, num_seqs: int, max_query_len: int, max_seq_len: int) -> int:
+    return workspace_bytes(
+        num_seqs=num_seqs,
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+        num_heads=op.num_heads,
+        group=op.num_heads // op.num_kv_heads,
+        head_dim=op.head_dim,
+        config=config,
+    )
+
+
+class _LinearConfigs:
+    """Tuned block sizes of the products, looked up once per matrix shape and number of rows."""
+
+    def __init__(self, matrices: object, target: Target) -> None:
+        self._matrices = matrices
+        self._target = target
+        self._known: dict[tuple[object, ...], LinearConfig] = {}
+
+    def __call__(self, name: str, m: int) -> LinearConfig:
+        return self.of(self._matrices[name], m)  # type: ignore[index]
+
+    def of(self, matrix: PackedLinear, m: int) -> LinearConfig:
+        key = (matrix.kind, matrix.shape, matrix.group_size, matrix.is_gated, m)
+        config = self._known.get(key)
+        if config is None:
+            n, k = matrix.shape
+            shape: dict[str, int | str] = {
+                "kind": matrix.kind,
+                "n": n,
+                "k": k,
+                "group_size": matrix.group_size,
+                "gated": int(matrix.is_gated),
+            }
+            found = tuning.lookup("linear", self._target.name, self._target.arch, m=m, **shape)
+            if self._target.arch == "interpreter":
+                found = _INTERPRETED_LINEAR
+            config = LinearConfig(**{**asdict(default_config(matrix.kind, m)), **found})
+            self._known[key] = config
+        return config
+
+
+def _linear_need(program: GpuProgram, weights: DeviceWeights, limits: StepLimits, configs: _LinearConfigs) -> int:
+    """The most workspace that any product of a step needs."""
+    kinds = {
+        (matrix.kind, matrix.shape, matrix.group_size, matrix.is_gated): matrix for matrix in weights.matrices.values()
+    }
+    rows = sorted({min(m, limits.max_tokens) for m in (1, *range(16, limits.max_tokens + 16, 16))})
+    return max(linear.workspace_bytes(matrix, m, configs.of(matrix, m)) for matrix in kinds.values() for m in rows)
+
+
+def activation_bytes(program: GpuProgram, limits: StepLimits, options: GpuOptions) -> int:
+    """About what a model needs on the device besides weights and KV blocks: buffers and workspaces."""
+    item = memory.ITEM_BYTES[options.compute_dtype]
+    total = _MAX_ATTENTION_WORKSPACE
+    for buffer in program.buffers:
+        rows = limits.max_tokens if buffer.rows == "tokens" else limits.max_logit_rows
+        total += rows * buffer.width * (4 if buffer.name == program.logits else item)
+    return total
+
+
+def decode_batch(null_block: int, block_size: int) -> StepBatch:
+    """One decode row on the null block."""
+    zero = np.zeros(1, np.int32)
+    table = np.full((1, 1), null_block, np.int32)
+    slot = np.array([null_block * block_size], np.int32)
+    return StepBatch(zero, zero, slot, np.array([0, 1], np.int32), zero + 1, table, zero, ())
+
+
+def prefill_batch(limits: StepLimits, null_block: int) -> StepBatch:
+    """The largest prefill step, all of it on the null block; the logits of one row."""
+    length = min(limits.max_tokens, limits.max_model_len)
+    positions = np.arange(length, dtype=np.int32)
+    blocks = -(-length // limits.block_size)
+    return StepBatch(
+        token_ids=np.zeros(length, np.int32),
+        positions=positions,
+        slot_mapping=np.full(length, null_block * limits.block_size, np.int32),
+        cu_seqlens_q=np.array([0, length], np.int32),
+        seq_lens=np.array([length], np.int32),
+        block_tables=np.full((1, blocks), null_block, np.int32),
+        logit_rows=np.array([length - 1], np.int32),
+        sampling=(),
+    )
+
+
+def calibration_batch(limits: StepLimits, vocab_size: int, *, is_short: bool) -> StepBatch:
+    """A prefill step of random tokens, always the same, in blocks 0, 1, 2, ..."""
+    length = min(limits.max_tokens, limits.max_model_len, 32 if is_short else 512)
+    batch = prefill_batch(replace(limits, max_tokens=length), null_block=0)
+    tokens = np.random.default_rng(20).integers(0, vocab_size, length).astype(np.int32)
+    tables = np.arange(batch.block_tables.shape[1], dtype=np.int32)[None]
+    return replace(batch, token_ids=tokens, slot_mapping=batch.positions, block_tables=tables)
