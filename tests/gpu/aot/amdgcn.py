@@ -28,19 +28,32 @@ class Gcn:
         return dict(Counter(name for name, _ in self.instructions if _MATRIX.match(name)))
 
     def widths(self) -> dict[int, int]:
-        kinds = (match.group(1) for name, _ in self.instructions if (match := _LOAD.match(name)))
-        return dict(Counter(_WIDTH.get(kind, 4) for kind in kinds))
+        return _widths([name for name, _ in self.instructions])
 
-    def main_loop(self) -> int:
-        """Instructions of the innermost loop with most matrix instructions, then loads, then length; 0: no loop."""
-        best: tuple[int, int, int] = (-1, -1, 0)
-        for first, last in self.loops:
-            if any(other != (first, last) and first <= other[0] and other[1] <= last for other in self.loops):
-                continue
-            names = [name for name, _ in self.instructions[first:last]]
-            weight = (sum(bool(_MATRIX.match(n)) for n in names), sum(bool(_LOAD.match(n)) for n in names), len(names))
-            best = max(best, weight)
-        return best[2]
+    def main_loop(self) -> tuple[int, int, int]:
+        """Matrix instructions, loads and all instructions of the innermost loop with most of the first, then second."""
+        return max((_weigh(names) for names in self._innermost()), default=(0, 0, 0))
+
+    def loop_widths(self) -> dict[int, int]:
+        """Global loads of the main loop by bytes per lane."""
+        return _widths(max(self._innermost(), key=_weigh, default=[]))
+
+    def _innermost(self) -> list[list[str]]:
+        loops = [
+            (first, last)
+            for first, last in self.loops
+            if not any(o != (first, last) and first <= o[0] and o[1] <= last for o in self.loops)
+        ]
+        return [[name for name, _ in self.instructions[first:last]] for first, last in loops]
+
+
+def _weigh(names: list[str]) -> tuple[int, int, int]:
+    return sum(bool(_MATRIX.match(n)) for n in names), sum(bool(_LOAD.match(n)) for n in names), len(names)
+
+
+def _widths(names: list[str]) -> dict[int, int]:
+    kinds = (match.group(1) for name in names if (match := _LOAD.match(name)))
+    return dict(Counter(_WIDTH.get(kind, 4) for kind in kinds))
 
 
 def parse(text: str) -> Gcn:

@@ -13,7 +13,6 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tests.gpu.aot import amdgcn, sass
 from tests.gpu.aot.capture import Launch
@@ -31,8 +30,8 @@ class Row:
     """registers per thread. spills: bytes or registers that went to local memory, with the stack; 0 is what we want.
 
     shared: bytes per CTA. ctas: resident per SM, and what limits them. matrix: matrix instructions by kind. loads:
-    global loads by bytes per thread (cp.async among them); bulk: TMA instructions. loop: instructions of the main loop.
-    error: what the compiler said instead.
+    global loads by bytes per thread (cp.async among them); bulk: TMA instructions. loop: instructions of the main loop;
+    loop_loads: its global loads by bytes per thread. error: what the compiler said instead.
     """
 
     kernel: str
@@ -47,12 +46,16 @@ class Row:
     loads: dict[int, int] = field(default_factory=dict)
     bulk: int = 0
     loop: int = 0
+    loop_loads: dict[int, int] = field(default_factory=dict)
     size: int = 0
     error: str = ""
 
     @property
-    def widest_load(self) -> int:
-        return max((int(width) for width in self.loads), default=16 if self.bulk else 0)
+    def wide_share(self) -> float:
+        """Of the bytes that the main loop loads, those loaded 16 at a time; TMA counts as wide."""
+        loads = self.loop_loads or self.loads
+        total = sum(width * count for width, count in loads.items())
+        return 16 * loads.get(16, 0) / total if total else 1.0
 
     @property
     def matrix_kinds(self) -> list[str]:
@@ -74,7 +77,8 @@ def analyse(launch: Launch) -> Row:
     path = _CACHE / f"{hashlib.sha256(key).hexdigest()}.json"
     if path.is_file():
         data = json.loads(path.read_text())
-        data["loads"] = {int(width): count for width, count in data["loads"].items()}
+        for name in ("loads", "loop_loads"):
+            data[name] = {int(width): count for width, count in data[name].items()}
         return Row(**data)
     make = _cuda_row if target.is_cuda else _hip_row
     row = make(launch, code, metadata.num_warps, metadata.shared)
@@ -87,6 +91,7 @@ def analyse(launch: Launch) -> Row:
 
 def _cuda_row(launch: Launch, code: bytes, warps: int, shared: int) -> Row:
     machine = sass.disassemble(code)
+    loop = machine.main_loop()
     ctas, limit = _cuda_occupancy(launch.target, machine.registers, shared, warps)
     return Row(
         kernel=launch.kernel,
@@ -98,9 +103,10 @@ def _cuda_row(launch: Launch, code: bytes, warps: int, shared: int) -> Row:
         ctas=ctas,
         limit=limit,
         matrix=machine.matrix(),
-        loads=machine.widths(sass.LOADS),
+        loads=sass.widths(machine.instructions, sass.LOADS),
         bulk=machine.count(sass.BULK),
-        loop=len(machine.main_loop()),
+        loop=len(loop),
+        loop_loads=sass.widths(loop, sass.LOADS),
         size=len(machine.instructions),
     )
 
@@ -136,10 +142,7 @@ def _hip_row(launch: Launch, code: bytes, warps: int, shared: int) -> Row:
         limit=limit,
         matrix=machine.matrix(),
         loads=machine.widths(),
-        loop=machine.main_loop(),
+        loop=machine.main_loop()[2],
+        loop_loads=machine.loop_widths(),
         size=len(machine.instructions),
     )
-
-
-def as_json(row: Row) -> dict[str, Any]:
-    return dataclasses.asdict(row)

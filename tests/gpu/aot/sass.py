@@ -69,9 +69,6 @@ class Sass:
         found = (item for item in self.instructions if item.base in MATRIX)
         return dict(Counter(_shape(item) for item in found))
 
-    def widths(self, names: Sequence[str]) -> dict[int, int]:
-        return dict(Counter(item.width for item in self.instructions if item.base in names))
-
     def main_loop(self) -> tuple[Instruction, ...]:
         """The innermost loop with most matrix instructions; without any, with most loads; then the longest."""
         innermost = [
@@ -81,6 +78,11 @@ class Sass:
         ]
         bodies = [self.instructions[loop.first : loop.last] for loop in innermost]
         return max(bodies, key=_weight, default=())
+
+
+def widths(body: Sequence[Instruction], names: Sequence[str]) -> dict[int, int]:
+    """How many of the named instructions move how many bytes per thread."""
+    return dict(Counter(item.width for item in body if item.base in names))
 
 
 def _weight(body: tuple[Instruction, ...]) -> tuple[int, int, int]:
