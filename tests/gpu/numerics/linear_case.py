@@ -12,7 +12,7 @@ from headrace.kernels.linear.config import LinearConfig
 from headrace.kernels.linear.triton import COUNTER_BYTES, linear, workspace_bytes
 from headrace.kernels.quant import QuantTensor, pack_int4
 
-# Relative error of the whole output, by norm: the output, and with a norm x times its weight, rounded to 24, 11, 8 bits.
+# Relative error of the whole output, by norm: it, and with a norm x times its weight, is rounded to 24, 11 or 8 bits.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 9e-4, torch.bfloat16: 7e-3}
 
 
