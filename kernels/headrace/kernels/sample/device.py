@@ -80,7 +80,7 @@ class DeviceTokens:
     """What was sampled, on the device (or its copy on the host): views of `words`, int32 [(3 + 2 * 20) * S].
 
     token_ids: int32 [S], always a valid id. logprob: float32 [S], NaN where not asked for. is_finite: int32 [S], 0 or
-    1. top_ids, top_logprobs: [S, 20], of which the first num_logprobs of a row are set.
+    1. top_ids, top_logprobs: [S, 20], of which the first num_logprobs of a row are set, to -1 past the vocabulary.
     """
 
     words: torch.Tensor
@@ -162,19 +162,20 @@ def words_for(num_rows: int, num_entries: int) -> int:
 
 def results(tokens: DeviceTokens, rows: Sequence[RowSampling]) -> list[RowResult]:
     """The results of a step from the host copy of its tokens."""
-    token_ids, logprob = tokens.token_ids.tolist(), tokens.logprob.tolist()
-    is_finite, num_top = tokens.is_finite.tolist(), max((row.num_logprobs for row in rows), default=0)
-    top_ids = tokens.top_ids[:, : max(num_top, 0)].tolist()
-    top_logprobs = tokens.top_logprobs[:, : max(num_top, 0)].tolist()
+    token_ids, logprob, is_finite = tokens.token_ids.tolist(), tokens.logprob.tolist(), tokens.is_finite.tolist()
     return [
         RowResult(
-            token_ids[i],
-            logprob[i],
-            tuple(zip(top_ids[i], top_logprobs[i], strict=True))[: max(row.num_logprobs, 0)] if is_finite[i] else (),
-            bool(is_finite[i]),
+            token_ids[i], logprob[i], _top(tokens, i, row.num_logprobs if is_finite[i] else 0), bool(is_finite[i])
         )
         for i, row in enumerate(rows)
     ]
+
+
+def _top(tokens: DeviceTokens, row: int, num_top: int) -> tuple[tuple[int, float], ...]:
+    if num_top <= 0:
+        return ()
+    pairs = zip(tokens.top_ids[row, :num_top].tolist(), tokens.top_logprobs[row, :num_top].tolist(), strict=True)
+    return tuple((token_id, logprob) for token_id, logprob in pairs if token_id >= 0)
 
 
 def _mode(row: RowSampling) -> str:
