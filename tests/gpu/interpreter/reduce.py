@@ -91,12 +91,12 @@ def _scan(input: Any, axis: Any, combine_fn: Any, reverse: Any = False, **_: Any
 def _scan_tree(arrays: list[np.ndarray], axis: int, function: Any, dtypes: Sequence[Any]) -> list[np.ndarray]:
     """Hillis and Steele: after step s every element holds the combination of the 2^s elements up to it."""
     step, length = 1, arrays[0].shape[axis]
+    place = np.arange(length).reshape([-1 if i == axis else 1 for i in range(arrays[0].ndim)])
     while step < length:
-        left = [_take(data, axis, slice(0, length - step)) for data in arrays]
-        right = [_take(data, axis, slice(step, None)) for data in arrays]
-        tail = _combine(function, left, right, dtypes)
-        head = [_take(data, axis, slice(0, step)) for data in arrays]
-        arrays = [np.concatenate(pair, axis=axis) for pair in zip(head, tail, strict=True)]
+        # Whole tensors, for their lengths must be powers of two: what is rolled in from the end is not kept.
+        left = [np.roll(data, step, axis=axis) for data in arrays]
+        combined = _combine(function, left, arrays, dtypes)
+        arrays = [np.where(place >= step, new, old) for new, old in zip(combined, arrays, strict=True)]
         step *= 2
     return arrays
 
