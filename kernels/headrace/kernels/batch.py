@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,10 @@ class RowResult:
     is_finite: bool
 
 
+class ExecutorLostError(RuntimeError):
+    """The device is gone, or in a state in which nothing can run: the process must end."""
+
+
 class Executor(Protocol):
     """Runs a step program. One thread at a time."""
 
@@ -86,4 +90,22 @@ class Executor(Protocol):
 
     def execute(self, batch: StepBatch) -> list[RowResult]:
         """Run one step; one result per row of batch.logit_rows."""
+        ...
+
+
+@runtime_checkable
+class PipelinedExecutor(Executor, Protocol):
+    """An executor that may have a step queued while it runs another: the next step can be decided meanwhile."""
+
+    def submit(self, batch: StepBatch) -> None:
+        """Queue one step; the batch's arrays are the caller's again when this returns. Raises ValueError where the
+        batch does not fit; nothing is queued then. At most two steps may be submitted and not collected.
+
+        A token id of -1 - i stands for the token of result i of the step submitted before. Where it is the newest
+        token of a row whose penalties look at output_ids, it is not among these and the executor counts it.
+        """
+        ...
+
+    def collect(self) -> list[RowResult]:
+        """The results of the step that was submitted first, as of `execute`; waits for it."""
         ...

@@ -45,12 +45,12 @@ class BatchBuilder:
             self._write_table(row, table)
             begin, end = end, end + item.num_tokens
             if item.num_tokens == 1:
-                self._token_ids[begin] = seq.tokens[first]
+                self._token_ids[begin] = _token(seq, first)
                 self._positions[begin] = first
                 self._slot_mapping[begin] = table[first // size] * size + first % size
             else:
                 positions = self._counting[first:stop]
-                self._token_ids[begin:end] = seq.tokens[first:stop]
+                self._token_ids[begin:end] = _tokens(seq, first, stop)
                 self._positions[begin:end] = positions
                 self._slot_mapping[begin:end] = self._block_tables[row, positions // size] * size + positions % size
             cu_seqlens.append(end)
@@ -86,6 +86,16 @@ class BatchBuilder:
         self._row_lens[row] = length
 
 
+def _token(seq: Sequence, position: int) -> int:
+    """The token there, or -1 - i: whatever result i of the step in flight is (`PipelinedExecutor`)."""
+    return seq.tokens[position] if position < len(seq.tokens) else -1 - seq.pending_row
+
+
+def _tokens(seq: Sequence, first: int, stop: int) -> list[int]:
+    tokens = seq.tokens[first:stop]
+    return tokens if len(tokens) == stop - first else [*tokens, -1 - seq.pending_row]
+
+
 def row_sampling(seq: Sequence, position: int) -> RowSampling:
     """How to treat the logits of the token at `position` (0-based), which choose the token at position + 1."""
     params = seq.sampling
@@ -107,7 +117,7 @@ def row_sampling(seq: Sequence, position: int) -> RowSampling:
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         logit_bias=seq.logit_bias,
-        banned=params.stop_token_ids if len(seq.outputs) < params.min_tokens else (),
+        banned=params.stop_token_ids if len(seq.outputs) + seq.has_pending < params.min_tokens else (),
         seed=params.seed,
         position=position + 1,
         num_logprobs=params.num_logprobs,

@@ -18,14 +18,13 @@ from headrace.engine.batch import BatchBuilder
 from headrace.engine.config import EngineConfig
 from headrace.engine.errors import InvalidSequenceError, QueueFullError
 from headrace.engine.integrity import check_integrity
+from headrace.engine.pipeline import Pipeline, StepResults, share_out
 from headrace.engine.scheduler import ScheduledSequence, Scheduler
 from headrace.engine.sequence import Sequence
 from headrace.engine.types import EngineStats, SequenceOutput, SequenceRequest
-from headrace.kernels.batch import Executor, RowResult
+from headrace.kernels.batch import Executor, ExecutorLostError, PipelinedExecutor
 
 log = logging.getLogger(__name__)
-
-StepResults = list[list[RowResult] | None]
 
 
 class Engine:
@@ -41,6 +40,9 @@ class Engine:
         self._num_accepted = 0
         self._num_steps = 0
         self._num_step_failures = 0
+        self._pipeline: Pipeline | None = None
+        if isinstance(executor, PipelinedExecutor):
+            self._pipeline = Pipeline(executor, self._batches, self._execute)
 
     def add(self, request: SequenceRequest) -> None:
         """Accept a sequence. Raises InvalidSequenceError (it could never run) or QueueFullError (not now)."""
@@ -86,11 +88,13 @@ class Engine:
 
     def step(self) -> list[SequenceOutput]:
         """Run one step. At most one output per sequence: what is new since the last step. Never raises for what the
-        executor did: that is charged to the sequences that caused it."""
+        executor did: that is charged to the sequences that caused it. But ExecutorLostError: nothing can run then."""
         scheduler = self._scheduler
         now = self._clock()
         scheduler.expire(now)
         outputs, scheduler.outputs = scheduler.outputs, []
+        if self._pipeline is not None:
+            return outputs + self._pipeline.step(scheduler, self._clock)
         plan = scheduler.schedule(now)
         if plan.sequences:
             results = self._execute(plan.sequences)
@@ -100,7 +104,8 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` has something to do or to say now. False with parked sequences only; see `next_deadline`."""
-        return bool(self._scheduler.outputs or self._scheduler.waiting or self._scheduler.running)
+        is_under_way = self._pipeline is not None and self._pipeline.is_under_way
+        return bool(self._scheduler.outputs or self._scheduler.waiting or self._scheduler.running or is_under_way)
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of all sequences, parked ones included: call `step` then, whatever `has_work` says."""
@@ -110,7 +115,7 @@ class Engine:
         """A snapshot."""
         scheduler = self._scheduler
         return EngineStats(
-            num_steps=self._num_steps,
+            num_steps=self._num_steps + (self._pipeline.num_steps if self._pipeline is not None else 0),
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_free_blocks=scheduler.blocks.num_free,
@@ -141,9 +146,9 @@ class Engine:
         Running a sequence's rows again is harmless: they write the same KV to the same slots, which nobody shares yet.
         """
         try:
-            rows = self._executor.execute(self._batches.build(items))
-            if len(rows) != sum(item.num_logits for item in items):
-                raise RuntimeError(f"the executor gave {len(rows)} results")
+            return share_out(items, self._executor.execute(self._batches.build(items)))
+        except ExecutorLostError:
+            raise
         except Exception:
             self._num_step_failures += 1
             log.exception("a step of %d sequences failed", len(items))
@@ -151,12 +156,6 @@ class Engine:
                 return [None]
             half = len(items) // 2
             return self._execute(items[:half]) + self._execute(items[half:])
-        results: StepResults = []
-        begin = 0
-        for item in items:
-            results.append(rows[begin : begin + item.num_logits])
-            begin += item.num_logits
-        return results
 
 
 def _validate(request: SequenceRequest, config: EngineConfig) -> None:

@@ -117,8 +117,11 @@ class Scheduler:
         for seq in tuple(self.running):
             if seq.status is not Status.RUNNING:
                 continue  # preempted by one ahead of it
-            if seq.num_to_compute - seq.num_computed > 1:
+            missing = seq.num_to_compute - seq.num_computed
+            if missing > 1:
                 longer.append(seq)
+            elif not missing:
+                continue  # its last token is in flight
             elif self._grow(seq):
                 plan.add(seq)
         for seq in longer:
@@ -129,9 +132,26 @@ class Scheduler:
 
     def update(self, plan: StepPlan, results: Seq[Seq[LogitsResult] | None], now: float) -> list[SequenceOutput]:
         """Take in a step: one entry per planned sequence, its rows of logits in order, or None where it failed."""
+        self.advance(plan)
+        return self.settle(plan, results, now)
+
+    def advance(self, plan: StepPlan) -> None:
+        """Count a step's tokens as computed. Called when it is done, or, with a step in flight (`pipeline.py`), once
+        it is queued: what it samples can then be computed next, unless it is known to be the last token."""
+        row = 0
+        for item in plan.sequences:
+            seq = item.seq
+            if seq.status is not Status.FINISHED:
+                seq.num_computed += item.num_tokens
+                is_last = len(seq.outputs) + 1 >= seq.max_tokens
+                seq.pending_row = row if item.num_logits and not seq.is_score and not is_last else -1
+            row += item.num_logits
+
+    def settle(self, plan: StepPlan, results: Seq[Seq[LogitsResult] | None], now: float) -> list[SequenceOutput]:
+        """What an advanced step gave; see `update`. Sequences that have ended since then are passed over."""
         outputs: list[SequenceOutput] = []
         for item, rows in zip(plan.sequences, results, strict=True):
-            output = self._update_one(item, rows, now)
+            output = None if item.seq.status is Status.FINISHED else self._settle_one(item, rows, now)
             if output is not None:
                 outputs.append(output)
         return outputs
@@ -148,7 +168,8 @@ class Scheduler:
             self.blocks.announce(seq)
             if seq.first_scheduled_at is None:
                 seq.first_scheduled_at = now
-            plan.add(seq)
+            if seq.num_to_compute > seq.num_computed:  # else its last token is in flight
+                plan.add(seq)
 
     def _admit(self, seq: Sequence) -> bool:
         """Grant a waiting sequence the blocks of all its tokens, with one to spare per running sequence (each will need
@@ -207,14 +228,14 @@ class Scheduler:
             insort(self.waiting, seq, key=_order)
         self.num_preemptions += 1
 
-    def _update_one(self, item: ScheduledSequence, rows: Seq[LogitsResult] | None, now: float) -> SequenceOutput | None:
+    def _settle_one(self, item: ScheduledSequence, rows: Seq[LogitsResult] | None, now: float) -> SequenceOutput | None:
         seq = item.seq
         if rows is None:
             return self._finish(seq, [], "error", now, error="STEP_FAILED")
         if not all(row.is_finite for row in rows):
             self.blocks.forget(seq)  # its KV may hold NaN, which must not spread through the prefix cache
             return self._finish(seq, [], "error", now, error="NUMERIC")
-        seq.num_computed += item.num_tokens
+        seq.pending_row = -1
         self.blocks.register_computed(seq)
         if not rows:
             return None
@@ -234,6 +255,8 @@ class Scheduler:
         may_stop = len(seq.outputs) >= seq.sampling.min_tokens
         seq.tokens.append(token_id)
         seq.outputs.append(token_id)
+        if not seq.block_table:  # preempted with this step in flight: the token was no progress since then
+            seq.progress_at_preemption = seq.progress
         if may_stop and token_id in seq.sampling.stop_token_ids:
             return self._finish(seq, tokens, "stop", now, stop=token_id)
         if len(seq.outputs) >= seq.max_tokens:

@@ -47,6 +47,7 @@ class Sequence:
         "num_scored",
         "order",
         "outputs",
+        "pending_row",
         "progress_at_preemption",
         "prompt",
         "salt",
@@ -77,6 +78,7 @@ class Sequence:
         self.num_registered = 0  # leading blocks that are settled with the prefix cache
         self.progress_at_preemption = -1  # `progress` when its blocks were last taken; -1: it may be preempted
 
+        self.pending_row = -1  # row of results, in the step in flight, that is its newest token; -1: none is
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at first admission
         self.submitted_at = request.arrival or now
         self.first_scheduled_at: float | None = None
@@ -84,8 +86,14 @@ class Sequence:
 
     @property
     def num_to_compute(self) -> int:
-        """Tokens whose KV the next output needs. The last token of a text to score predicts nothing."""
-        return len(self.tokens) - 1 if self.is_score else len(self.tokens)
+        """Tokens whose KV the next output needs. The last token of a text to score predicts nothing; a token that the
+        step in flight samples counts although nobody knows it yet."""
+        return len(self.tokens) - 1 if self.is_score else len(self.tokens) + self.has_pending
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether the step in flight samples a token of this sequence that the next step may start from."""
+        return self.pending_row >= 0
 
     @property
     def progress(self) -> int:
