@@ -92,7 +92,7 @@ class Case:
         norm, bias = self.extras("cpu")
         x = x.double().cpu()
         if self.norm:
-            x = x / torch.sqrt((x * x).mean(1, keepdim=True) + 1e-5) * norm.double()
+            x = x / torch.sqrt((x * x).mean(1, keepdim=True) + 1e-5) * norm.to(self.packed.dtype).double()
         y = x @ self.weight.T
         if self.bias:
             y = y + bias.double()

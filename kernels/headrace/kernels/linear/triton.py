@@ -26,7 +26,8 @@ MAX_SPLIT_TILES = 4096
 COUNTER_BYTES = 4 * MAX_SPLIT_TILES
 
 # Rows up to which the norm is a prologue: every program norms its rows anew, which many rows make dear.
-PROLOGUE_ROWS = 64
+PROLOGUE_ROWS = 32
+NORM_ROWS = 16  # per program of that launch
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def linear(
     x: [M, K] of weight.dtype, dense rows of any stride; or what the weight's kind multiplies (int8 for w8a8, which
     takes nothing else; float8_e4m3fn for fp8 and fp8_block) with x_scale float32 [M] (fp8_block: [M, ceil(K / 128)]),
     x * x_scale being the values. out: [M, weight.out_features], rows of any stride, of a float type.
-    norm: (weight [K], eps): x / sqrt(mean(x^2) + eps) * weight first, rounded once, before the division (so x * weight
-    must be finite in x's type). bias: [weight.shape[0]] in the order of the sources. residual: as out, which it may be.
+    norm: (weight [K], eps): x / sqrt(mean(x^2) + eps) * weight first. weight and x * weight are rounded to x's type
+    (where they must be finite), what is divided is not. bias: [weight.shape[0]] in the order of the sources. residual: as out, which it may be.
     activation: "silu" or "gelu_tanh" exactly when the weight is gated: act(gate) * up. workspace: uint8,
     `workspace_bytes`, 16-byte aligned, zero before its first use; None where none is needed.
     """
@@ -143,8 +144,7 @@ def _norm_rows(
     normed = workspace[start : start + row_bytes].view(weight.dtype)[: m * k].view(m, k)
     factors = workspace[start + row_bytes :].view(torch.float32)[:m]
     num_blocks = -(-k // layout.block_k)
-    rows = max(1, 512 // layout.words)
-    norm_rows_kernel[(-(-m // rows),)](
+    norm_rows_kernel[(-(-m // NORM_ROWS),)](
         x,
         norm_weight,
         normed,
@@ -155,11 +155,11 @@ def _norm_rows(
         -(-num_blocks // tiles.splits) * layout.planes,
         x.stride(0),
         eps,
-        ROWS=rows,
+        ROWS=NORM_ROWS,
         WIDTH=layout.words,
-        LOG2_WIDTH=layout.words.bit_length() - 1,
         EVEN_K=k % layout.block_k == 0,
-        num_warps=4,
+        num_warps=1,
+        num_stages=6,
     )
     return normed, factors
 
@@ -192,7 +192,6 @@ def _launch_packed(operands: _Operands, weight: PackedLinear, tiles: Tiles, conf
         operands.eps,
         PLANES=layout.planes,
         GROUPS=layout.groups,
-        LOG2_WORDS=layout.words.bit_length() - 1,
         INLINE_ASM=weight.dtype != torch.float32 and _has_ptx(),
         **_common(operands, weight, tiles, config),
     )
@@ -230,7 +229,6 @@ def _launch_direct(operands: _Operands, weight: PackedLinear, tiles: Tiles, conf
         0 if scales is None else scales.stride(0),
         operands.eps,
         IS_BLOCK_SCALED=weight.kind == "fp8_block",
-        LOG2_BLOCK_K=block_k.bit_length() - 1,
         EVEN_N=weight.packed_rows % config.block_n == 0,
         **_common(operands, weight, tiles, config),
     )

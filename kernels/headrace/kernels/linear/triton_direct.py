@@ -12,7 +12,7 @@ from headrace.kernels.linear.triton_tile import (
     add_squares,
     finish_tile,
     keep_chunk,
-    sum_columns,
+    squares_of,
     tile_of_program,
     times_norm_weight,
 )
@@ -50,7 +50,6 @@ def direct_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LOG2_BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_GRID: tl.constexpr,
     GROUP_N: tl.constexpr,
@@ -71,7 +70,7 @@ def direct_kernel(
             x, weight, norm_weight, x_scale, w_scale, tile_n, tile_m, M, num_rows, K,
             stride_x, stride_w, stride_x_scale, stride_w_scale,
             chunk * per_chunk, tl.minimum(chunk * per_chunk + per_chunk, num_blocks),
-            IS_BLOCK_SCALED, BLOCK_M, BLOCK_N, BLOCK_K, LOG2_BLOCK_K, EVEN_K, EVEN_N,
+            IS_BLOCK_SCALED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, EVEN_N,
         )  # fmt: skip
     else:
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -81,7 +80,7 @@ def direct_kernel(
                 x, weight, norm_weight, x_scale, w_scale, tile_n, tile_m, M, num_rows, K,
                 stride_x, stride_w, stride_x_scale, stride_w_scale,
                 part * per_chunk, tl.minimum(part * per_chunk + per_chunk, num_blocks),
-                IS_BLOCK_SCALED, BLOCK_M, BLOCK_N, BLOCK_K, LOG2_BLOCK_K, EVEN_K, EVEN_N,
+                IS_BLOCK_SCALED, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, EVEN_N,
             )  # fmt: skip
             total += acc
             squares += sq
@@ -156,7 +155,6 @@ def _sum_blocks(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LOG2_BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
 ):
@@ -172,13 +170,13 @@ def _sum_blocks(
     weight += (row.to(tl.int64) * stride_w)[:, None] + column[None, :]
     x += (m.to(tl.int64) * stride_x)[:, None] + column[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], sum_dtype)
-    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    products = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
     for block in tl.range(first, last):
         offset = block * BLOCK_K
         w = _load(weight + offset, in_n, column, K - offset, EVEN_N, EVEN_K)
         a = _load(x + offset, in_m, column, K - offset, False, EVEN_K)
         if HAS_NORM:
-            squares = add_squares(squares, a)
+            products = add_squares(products, a)
             a = times_norm_weight(a, norm_weight + offset, K - offset, EVEN_K)
         if weight.dtype.element_ty == tl.uint8:
             w = from_e4m3_bits(w, dtype)
@@ -198,7 +196,11 @@ def _sum_blocks(
                 acc += part
         else:
             acc = tl.dot(w, tl.trans(a), acc, input_precision="ieee", out_dtype=sum_dtype)
-    return acc.to(tl.float32), sum_columns(squares, LOG2_BLOCK_K)
+    if HAS_NORM:
+        squares = squares_of(products)
+    else:
+        squares = tl.zeros([BLOCK_M], tl.float32)
+    return acc.to(tl.float32), squares
 
 
 @triton.jit

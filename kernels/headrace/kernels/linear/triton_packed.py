@@ -12,7 +12,7 @@ from headrace.kernels.linear.triton_tile import (
     add_squares,
     finish_tile,
     keep_chunk,
-    sum_columns,
+    squares_of,
     tile_of_program,
     times_norm_weight,
 )
@@ -50,7 +50,6 @@ def packed_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LOG2_WORDS: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_GRID: tl.constexpr,
     GROUP_N: tl.constexpr,
@@ -69,7 +68,7 @@ def packed_kernel(
         total, squares = _sum_blocks(
             x, words, scales, zeros, norm_weight, tile_n, tile_m, M, K, num_blocks, stride_x,
             chunk * per_chunk, tl.minimum(chunk * per_chunk + per_chunk, num_blocks),
-            PLANES, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K, LOG2_WORDS, EVEN_K, INLINE_ASM,
+            PLANES, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INLINE_ASM,
         )  # fmt: skip
     else:
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -78,7 +77,7 @@ def packed_kernel(
             acc, sq = _sum_blocks(
                 x, words, scales, zeros, norm_weight, tile_n, tile_m, M, K, num_blocks, stride_x,
                 part * per_chunk, tl.minimum(part * per_chunk + per_chunk, num_blocks),
-                PLANES, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K, LOG2_WORDS, EVEN_K, INLINE_ASM,
+                PLANES, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INLINE_ASM,
             )  # fmt: skip
             total += acc
             squares += sq
@@ -118,7 +117,6 @@ def _sum_blocks(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LOG2_WORDS: tl.constexpr,
     EVEN_K: tl.constexpr,
     INLINE_ASM: tl.constexpr,
 ):
@@ -135,7 +133,7 @@ def _sum_blocks(
     words += (stored * (TILE * WORDS) + row % TILE * WORDS)[:, None] + column[None, :]
     x += (m.to(tl.int64) * stride_x)[:, None] + column[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    squares = tl.zeros([BLOCK_M, WORDS], tl.float32)
+    products = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
     ones = tl.full([BLOCK_N, WORDS], 1.0, dtype)
     for block in tl.range(first, last):
         packed = tl.load(words + block * (TILE * WORDS))
@@ -143,33 +141,46 @@ def _sum_blocks(
         if zeros is not None:
             zero_word = _load_groups(zeros, stored, row, block, GROUPS)
         for group in tl.static_range(GROUPS):
+            scale = _group(scales, scale_word, stored, row, block, group, GROUPS)
             part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            if zeros is not None:
-                sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for plane in tl.static_range(PER_GROUP):
                 offset = block * BLOCK_K + (group * PER_GROUP + plane) * WORDS
-                if EVEN_K:
-                    a = tl.load(x + offset, mask=in_m, other=0.0)
-                else:
-                    a = tl.load(x + offset, mask=in_m & (column < K - offset)[None, :], other=0.0)
+                a = _load_rows(x + offset, in_m, column, K - offset, EVEN_K)
                 if HAS_NORM:
-                    squares = add_squares(squares, a)
+                    products = add_squares(products, a)
                     a = times_norm_weight(a, norm_weight + offset, K - offset, EVEN_K)
                 if PLANES == 4:
                     weight = int4_plane(packed, group * PER_GROUP + plane, dtype, INLINE_ASM)
                 else:
                     weight = int8_plane(packed, group * PER_GROUP + plane, dtype, INLINE_ASM)
                 part = tl.dot(weight, tl.trans(a), part, input_precision="ieee")
-                if zeros is not None:
-                    sums = tl.dot(ones, tl.trans(a), sums, input_precision="ieee")
-            scale = _group(scales, scale_word, stored, row, block, group, GROUPS)
             acc += part * scale[:, None]
             if zeros is not None:
                 zero = _group(zeros, zero_word, stored, row, block, group, GROUPS)
                 if PLANES == 4:
                     zero += scale * 8.0  # the planes are less 8
-                acc += sums * zero[:, None]
-    return acc, sum_columns(squares, LOG2_WORDS)
+                part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                for plane in tl.static_range(PER_GROUP):
+                    offset = block * BLOCK_K + (group * PER_GROUP + plane) * WORDS
+                    a = _load_rows(x + offset, in_m, column, K - offset, EVEN_K)
+                    if HAS_NORM:
+                        a = times_norm_weight(a, norm_weight + offset, K - offset, EVEN_K)
+                    part = tl.dot(ones, tl.trans(a), part, input_precision="ieee")
+                acc += part * zero[:, None]
+    if HAS_NORM:
+        squares = squares_of(products)
+    else:
+        squares = tl.zeros([BLOCK_M], tl.float32)
+    return acc, squares
+
+
+@triton.jit
+def _load_rows(place, in_m, column, columns_left, EVEN_K: tl.constexpr):
+    """A plane's columns of x, zero outside of it."""
+    if EVEN_K:
+        return tl.load(place, mask=in_m, other=0.0)
+    else:
+        return tl.load(place, mask=in_m & (column < columns_left)[None, :], other=0.0)
 
 
 @triton.jit

@@ -2,8 +2,7 @@
 
 A tile is [BLOCK_N rows of the weight, BLOCK_M rows of x] float32: weights are the matrix unit's first operand, so that
 few rows of x waste little of it. Whatever changes a row's bits is done in an order that no block size changes:
-reductions across a tile are trees over explicit pairs (the compiler's own depend on the layout), chunks of K are added
-first to last. Called by `triton_packed.py` and `triton_direct.py`.
+along K by the matrix unit, and chunks of K first to last. Called by `triton_packed.py` and `triton_direct.py`.
 """
 
 import triton
@@ -32,35 +31,30 @@ def tile_of_program(num_n, num_m, SPLITS: tl.constexpr, SPLIT_GRID: tl.constexpr
 
 
 @triton.jit
-def sum_columns(values, LOG2_COLS: tl.constexpr):
-    """float32 [R, 2^LOG2_COLS] to [R]: neighbours, then neighbouring pairs, and so on."""
-    ROWS: tl.constexpr = values.shape[0]
-    COLS: tl.constexpr = values.shape[1]
-    for step in tl.static_range(LOG2_COLS):
-        a, b = tl.split(tl.reshape(values, (ROWS, COLS >> (step + 1), 2)))
-        values = a + b
-    return tl.reshape(values, (ROWS,))
+def add_squares(products, x):
+    """products [R, R] + x @ x.T, float32, of x [R, C]: the matrix unit squares for next to nothing.
+
+    R below 64, so that every kernel that norms a row does it with the same instruction, and so to the same bits.
+    """
+    return tl.dot(x, tl.trans(x), products, input_precision="ieee")
 
 
 @triton.jit
-def add_squares(squares, x):
-    """squares + x^2, float32."""
-    wide = x.to(tl.float32)
-    return squares + wide * wide
+def squares_of(products):
+    """float32 [R]: the diagonal. What is added to it is zero, so the order does not matter."""
+    row = tl.arange(0, products.shape[0])
+    return tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), axis=1)
 
 
 @triton.jit
 def times_norm_weight(x, norm_weight, columns_left, EVEN_K: tl.constexpr):
-    """x [R, C] of 16 or 32 bits times norm_weight [C] at its first column, rounded once to x's type."""
+    """x [R, C] times norm_weight [C], first rounded to x's type: one rounding product, two at a time."""
     column = tl.arange(0, x.shape[1])
     if EVEN_K:
         factor = tl.load(norm_weight + column)
     else:
         factor = tl.load(norm_weight + column, mask=column < columns_left, other=0.0)
-    if factor.dtype == x.dtype:  # two at a time
-        return x * factor[None, :]
-    else:
-        return (x.to(tl.float32) * factor.to(tl.float32)[None, :]).to(x.dtype)
+    return x * factor.to(x.dtype)[None, :]
 
 
 @triton.jit
