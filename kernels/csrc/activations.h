@@ -98,6 +98,34 @@ inline void quantize_group(const float* x32, const Activations& to, int row, int
   store_group(block, to.bits, row % kColumns, low, high);
 }
 
+// quantize_group of the four rows from `row` on, a multiple of 4, which lie `stride` floats apart: what waits for the
+// end of one row's sums is done meanwhile for the others.
+inline void quantize_group_of_four(const float* x, int64_t stride, const Activations& to, int row, int group) {
+  const float most = to.bits == 8 ? 127.0f : 32512.0f;
+  float largest[kColumns], sums[kColumns], sums_high[kColumns];
+  F32x16 low[kColumns], high[kColumns];
+  bool is_special = false;
+  for (int c = 0; c < kColumns; c++) {
+    largest[c] = max_lane(max(abs(load(x + c * stride)), abs(load(x + c * stride + 16))));
+    is_special |= !(largest[c] >= kTiniestGroup);
+  }
+  for (int c = 0; c < kColumns; c++) {
+    const F32x16 inverse = broadcast(most / largest[c]);
+    low[c] = round_even(mul(load(x + c * stride), inverse));
+    high[c] = round_even(mul(load(x + c * stride + 16), inverse));
+    sums_high[c] = sum(high[c]);
+    sums[c] = sum(low[c]) + sums_high[c];
+    is_special |= sums[c] != sums[c];
+  }
+  if (is_special) {
+    for (int c = 0; c < kColumns; c++) quantize_group(x + c * stride, to, row + c, group);
+    return;
+  }
+  uint8_t* block = activation_block(to, row, group);
+  for (int c = 0; c < kColumns; c++) store_header(block, c, largest[c] / most, sums[c], sums_high[c]);
+  for (int c = 0; c < kColumns; c++) store_group(block, to.bits, c, low[c], high[c]);
+}
+
 // One row of to.width features.
 inline void quantize_row(const float* x, const Activations& to, int row) {
   for (int group = 0; group < to.width / kGroup; group++) quantize_group(x + kGroup * group, to, row, group);

@@ -54,19 +54,23 @@ inline void linear_gated(const LinearArgs& args, int64_t unit, int first, int nu
   for (int i = 0; i < 4; i++) multiply(args, 4 * unit + i, first, num_rows, sums[i]);
   const bool is_silu = args.epilogue == Epilogue::kSiluGate;
   const int64_t at = 32 * unit, width = args.weight->rows / 2;
+  // In stages over all rows: a row alone is a chain of operations that wait for each other.
+  alignas(64) float values[kRowsAtOnce * 32];
   for (int row = 0; row < num_rows; row++) {
-    alignas(64) float values[32];
     for (int half = 0; half < 2; half++) {
       const F32x16 gate = load(sums[half] + kLanes * row), up = load(sums[2 + half] + kLanes * row);
-      store(values + kLanes * half, mul(is_silu ? silu(gate) : gelu_tanh(gate), up));
+      store(values + 32 * row + kLanes * half, mul(is_silu ? silu(gate) : gelu_tanh(gate), up));
     }
-    if (args.out) {
-      float* out = args.out + (first + row) * args.out_stride + at;
-      store(out, load(values), lanes_below(width, at));
-      store(out + kLanes, load(values + kLanes), lanes_below(width, at + kLanes));
-    } else {
-      quantize_group(values, *args.gated, first + row, (int)unit);
-    }
+  }
+  int row = 0;
+  for (; !args.out && row + kColumns <= num_rows; row += kColumns) {
+    quantize_group_of_four(values + 32 * row, 32, *args.gated, first + row, (int)unit);
+  }
+  for (; !args.out && row < num_rows; row++) quantize_group(values + 32 * row, *args.gated, first + row, (int)unit);
+  for (; row < num_rows; row++) {
+    float* out = args.out + (first + row) * args.out_stride + at;
+    store(out, load(values + 32 * row), lanes_below(width, at));
+    store(out + kLanes, load(values + 32 * row + kLanes), lanes_below(width, at + kLanes));
   }
 }
 

@@ -17,8 +17,11 @@
 
 namespace headrace::HR_ISA {
 
-// How the 16 x 32 integers of a block lie in memory: packed as in layout.h, or as 8 vectors [g][16 rows][4] of bytes.
-enum class Format { kNibbles, kSmallBytes /* 0..15 */, kBytes /* q + 128 */ };
+// How the 16 x 32 integers of a block lie in memory: packed as in layout.h, or unpacked: kSmallBytes, the nibbles as
+// bytes [g][16 rows][4]; kWords, int16 [g][2][16 rows][2] for 16-bit activations, of which the first two are features
+// 4 g and 4 g + 2, less the offset of weights that have no zeros.
+enum class Format { kNibbles, kSmallBytes /* 0..15 */, kBytes /* q + 128 */, kWords };
+constexpr bool is_unpacked(Format format) { return format == Format::kSmallBytes || format == Format::kWords; }
 
 }  // namespace headrace::HR_ISA
 
@@ -40,7 +43,7 @@ struct TileArgs {
   int64_t q_stride;       // bytes from block to block
   const uint8_t* scales;  // [parts][16], then zeros likewise; float16 or float32
   int64_t scale_stride;
-  bool has_f16_scales;
+  bool has_f16_scales;  // unpacked blocks have none
   const uint8_t* a;  // activation block of the first four rows
   int64_t a_stride;  // bytes from four rows to the next four
   int32_t num_blocks;
@@ -68,15 +71,15 @@ inline void multiply_part(const TileArgs& t, const uint8_t* q, const uint8_t* sc
     block_dots<kFormat, kBits, kZeros, 4, 8, kRows>(q, a, d);
   }
   const int zero_at = kLanes * (kParts + part);
+  const bool is_f16 = !is_unpacked(kFormat) && t.has_f16_scales;
   const F32x16 scale =
-      t.has_f16_scales ? load_f16((const uint16_t*)scales + kLanes * part) : load((const float*)scales + kLanes * part);
+      is_f16 ? load_f16((const uint16_t*)scales + kLanes * part) : load((const float*)scales + kLanes * part);
   for (int c = 0; c < kRows; c++) {
     const ActivationHeader& header = *(const ActivationHeader*)a[c / 4];
     f[c] = fma(mul(d[c], scale), broadcast(header.scale[c % 4]), f[c]);
   }
   if (!kZeros) return;
-  const F32x16 zero =
-      t.has_f16_scales ? load_f16((const uint16_t*)scales + zero_at) : load((const float*)scales + zero_at);
+  const F32x16 zero = is_f16 ? load_f16((const uint16_t*)scales + zero_at) : load((const float*)scales + zero_at);
   for (int c = 0; c < kRows; c++) {
     const ActivationHeader& header = *(const ActivationHeader*)a[c / 4];
     const float sum = kParts == 1 ? header.scale_sum[c % 4] : half_scale_sum(header, c % 4, part);
@@ -87,7 +90,9 @@ inline void multiply_part(const TileArgs& t, const uint8_t* q, const uint8_t* sc
 template <Format kFormat, int kBits, bool kZeros, int kParts, int kRows>
 void multiply_tile(const TileArgs& t) {
   constexpr int kFours = (kRows + 3) / 4;
-  constexpr int kAheadBytes = (kFormat == Format::kBytes ? 512 : 256) + 32 * kParts * (kZeros ? 2 : 1);
+  constexpr int kScaleBytes = 32 * kParts * (kZeros ? 2 : 1);
+  // Of 16-bit weights it is not known here what they were.
+  constexpr int kAheadBytes = (kFormat == Format::kBytes || kFormat == Format::kWords ? 512 : 256) + kScaleBytes;
   const uint8_t* a[kFours];
   for (int i = 0; i < kFours; i++) a[i] = t.a + i * t.a_stride;
   const uint8_t *q = t.q, *scales = t.scales, *ahead = t.ahead;
@@ -131,10 +136,22 @@ const Tiles* choose_tiles(const PackedMatrix& m) {
 }
 
 template <int kBits>
-const Tiles* choose_tiles(const PackedMatrix& m, bool is_unpacked) {
-  if (m.kind == WeightKind::kInt8) return choose_tiles<Format::kBytes, kBits>(m);
-  if (kUnpacksNibbles && is_unpacked) return choose_tiles<Format::kSmallBytes, kBits>(m);
+const Tiles* choose_tiles(const PackedMatrix& m, Format format) {
+  if constexpr (kUnpacksWords && kBits == 16) {
+    if (format == Format::kWords) return choose_tiles<Format::kWords, kBits>(m);
+  }
+  if constexpr (kUnpacksNibbles) {
+    if (format == Format::kSmallBytes) return choose_tiles<Format::kSmallBytes, kBits>(m);
+  }
+  if (format == Format::kBytes) return choose_tiles<Format::kBytes, kBits>(m);
   return choose_tiles<Format::kNibbles, kBits>(m);
+}
+
+// The form in which a product of `num_rows` rows reads the weights.
+inline Format format_of(const PackedMatrix& m, int bits, int num_rows) {
+  if (kUnpacksWords && bits == 16 && num_rows > 2 * kMaxColumns) return Format::kWords;
+  if (m.kind == WeightKind::kInt8) return Format::kBytes;
+  return kUnpacksNibbles && num_rows > 1 ? Format::kSmallBytes : Format::kNibbles;
 }
 
 // How many rows the next tile takes of `rows`: sizes in which no tile but the only one is small.
@@ -144,20 +161,28 @@ inline int next_tile(int rows) {
   return kMaxColumns;
 }
 
-constexpr int kChunkBlocks = 24;          // blocks unpacked at once: 12 KiB of integers, 3 KiB of scales in L1
+// Blocks unpacked at once: 12 or 18 KiB of integers and 3 KiB of scales in the first cache.
+constexpr int kChunkBlocks = 24, kWordChunkBlocks = 18;
 constexpr int64_t kAheadOfOneRow = 4096;  // bytes that a single row's product prefetches ahead
 
-// A run of blocks of a panel with nibbles as bytes and scales as float32. Exact.
+// A run of blocks of a panel, in one of the unpacked formats, and scales as float32. Exact.
 struct UnpackedChunk {
-  alignas(64) uint8_t q[kChunkBlocks * 512];
+  alignas(64) uint8_t q[kWordChunkBlocks * 1024];
   alignas(64) float scales[kChunkBlocks * 4 * kLanes];
 };
-inline void unpack_chunk(const PackedMatrix& m, const uint8_t* block, int num_blocks, UnpackedChunk& to) {
+inline void unpack_chunk(const PackedMatrix& m, Format format, const uint8_t* block, int num_blocks,
+                         UnpackedChunk& to) {
   const int vectors = m.scales_per_block * (m.has_zeros ? 2 : 1);
-  const int64_t stride = block_bytes(m);
+  const bool is_nibbles = m.kind == WeightKind::kInt4;
+  const int offset = !is_nibbles ? 128 : m.has_zeros ? 0 : 8;
+  const int64_t stride = block_bytes(m), scales_at = quant_bytes(m.kind);
   for (int b = 0; b < num_blocks; b++, block += stride) {
-    unpack_nibbles(block, to.q + 512 * b);
-    const uint8_t* scales = block + 256;
+    if (format == Format::kWords) {
+      unpack_words(block, is_nibbles, offset, to.q + 1024 * b);
+    } else {
+      unpack_nibbles(block, to.q + 512 * b);
+    }
+    const uint8_t* scales = block + scales_at;
     float* out = to.scales + kLanes * vectors * b;
     for (int v = 0; v < vectors; v++, out += kLanes) {
       store(out, m.scale_kind == ScaleKind::kF16 ? load_f16((const uint16_t*)scales + kLanes * v)
@@ -182,8 +207,8 @@ inline void multiply_rows(const Tiles& tiles, TileArgs t, int num_rows) {
 inline void multiply_panel(const PackedMatrix& m, int64_t panel, const Activations& x, int first, int num_rows,
                            float* sums) {
   const uint8_t* weights = m.data + panel * m.panel_bytes;
-  const bool is_unpacked = kUnpacksNibbles && m.kind == WeightKind::kInt4 && num_rows > 1;
-  const Tiles& tiles = *(x.bits == 8 ? choose_tiles<8>(m, is_unpacked) : choose_tiles<16>(m, is_unpacked));
+  const Format format = format_of(m, x.bits, num_rows);
+  const Tiles& tiles = *(x.bits == 8 ? choose_tiles<8>(m, format) : choose_tiles<16>(m, format));
   const int num_blocks = m.cols / kGroup;
   TileArgs t;
   t.q_stride = t.scale_stride = t.ahead_stride = block_bytes(m);
@@ -192,7 +217,7 @@ inline void multiply_panel(const PackedMatrix& m, int64_t panel, const Activatio
   t.a_stride = (int64_t)activation_bytes(kColumns, x.width, x.bits);
   t.sums = sums;
   t.is_first = true;
-  if (!is_unpacked) {
+  if (!is_unpacked(format)) {
     t.q = weights;
     t.scales = weights + quant_bytes(m.kind);
     t.num_blocks = num_blocks;
@@ -200,16 +225,16 @@ inline void multiply_panel(const PackedMatrix& m, int64_t panel, const Activatio
     multiply_rows(tiles, t, num_rows);
     return;
   }
+  const int chunk_blocks = format == Format::kWords ? kWordChunkBlocks : kChunkBlocks;
   UnpackedChunk chunk;
-  t.has_f16_scales = false;
   t.q = chunk.q;
-  t.q_stride = 512;
+  t.q_stride = format == Format::kWords ? 1024 : 512;
   t.scales = (const uint8_t*)chunk.scales;
   t.scale_stride = 64 * m.scales_per_block * (m.has_zeros ? 2 : 1);
-  for (int block = 0; block < num_blocks; block += kChunkBlocks) {
+  for (int block = 0; block < num_blocks; block += chunk_blocks) {
     const uint8_t* from = weights + block * block_bytes(m);
-    t.num_blocks = num_blocks - block < kChunkBlocks ? num_blocks - block : kChunkBlocks;
-    unpack_chunk(m, from, t.num_blocks, chunk);
+    t.num_blocks = num_blocks - block < chunk_blocks ? num_blocks - block : chunk_blocks;
+    unpack_chunk(m, format, from, t.num_blocks, chunk);
     t.ahead = from + m.panel_bytes;
     multiply_rows(tiles, t, num_rows);
     t.is_first = false;
