@@ -210,25 +210,44 @@ inline void attend_chunk(const AttentionJob& job, const ChunkView& view, int chu
   }
 }
 
-// Where the keys of a chunk lie, for block sizes and head dimensions that are multiples of 16.
-inline ChunkView view_of_blocks(const AttentionArgs& args, const AttentionItem& item, int chunk) {
+// The end of an item's keys, as a position.
+inline int end_of_keys(const AttentionArgs& args, const AttentionItem& item) {
+  const int length = args.seq_lens[item.sequence], end = item.chunk_end * kAttentionChunk;
+  return length < end ? length : end;
+}
+
+// Where the 16 keys from `position` on lie, for block sizes and head dimensions that are multiples of 16.
+inline void set_tile(const AttentionArgs& args, const AttentionItem& item, int position, int t, ChunkView& view) {
   const KvLayer& kv = *args.kv;
   const int32_t* blocks = args.block_tables + item.sequence * args.block_table_width;
   const int64_t bytes = kv_element_bytes(kv.kind);
-  const int base = chunk * kAttentionChunk, length = args.seq_lens[item.sequence];
+  const int block = position / kv.block_size, offset = position - block * kv.block_size;
+  const KvHead head = kv_head(kv, blocks[block], item.kv_head);
+  view.k[t] = head.k + bytes * offset;
+  view.v[t] = head.v + bytes * offset * kv.head_dim;
+  if (head.k_scale) {
+    view.k_scale[t] = head.k_scale + offset;
+    view.v_scale[t] = head.v_scale + offset;
+  }
+}
+
+// The chunk from `base` on. Where the item has no keys left there, its place is taken by keys of the next item, if
+// there is one, so that a short last chunk does not leave them to be waited for.
+inline ChunkView view_of_blocks(const AttentionArgs& args, const AttentionItem& item, const AttentionItem* next,
+                                int base) {
+  const int end = (end_of_keys(args, item) + kLanes - 1) / kLanes * kLanes;
   ChunkView view = {};
-  view.k_stride = kv.block_size;
-  view.v_stride = kv.head_dim;
+  view.k_stride = args.kv->block_size;
+  view.v_stride = args.kv->head_dim;
   for (int t = 0; t < kKeyTiles; t++) {
-    const int position = base + t * kLanes < length ? base + t * kLanes : base;  // beyond the end: nothing new
-    const int block = position / kv.block_size, offset = position - block * kv.block_size;
-    const KvHead head = kv_head(kv, blocks[block], item.kv_head);
-    view.k[t] = head.k + bytes * offset;
-    view.v[t] = head.v + bytes * offset * kv.head_dim;
-    view.memory[t] = (const char*)head.k + 2 * bytes * offset * kv.head_dim;
-    if (head.k_scale) {
-      view.k_scale[t] = head.k_scale + offset;
-      view.v_scale[t] = head.v_scale + offset;
+    const int position = base + t * kLanes;
+    const int behind = next ? next->chunk_begin * kAttentionChunk + position - end : 0;
+    if (position < end) {
+      set_tile(args, item, position, t, view);
+    } else if (next && behind < end_of_keys(args, *next)) {
+      set_tile(args, *next, behind, t, view);
+    } else {
+      set_tile(args, item, end - kLanes, t, view);  // nothing new
     }
   }
   return view;
@@ -302,24 +321,18 @@ inline void attend_item(const AttentionJob& job, const AttentionItem* next) {
   const KvLayer& kv = *job.args.kv;
   const bool is_direct = kv.block_size % kLanes == 0 && job.padded_dim == kv.head_dim;
   ChunkView view = {};
-  if (is_direct) view = view_of_blocks(job.args, item, item.chunk_begin);
+  if (is_direct) view = view_of_blocks(job.args, item, next, item.chunk_begin * kAttentionChunk);
   for (int chunk = item.chunk_begin; chunk < item.chunk_end; chunk++) {
     if (!is_direct) {
       view = view_of_copies(job, chunk);
-      view.next = view.memory;
+      view.next = &view;
       attend_chunk<KvKind::kF32>(job, view, chunk);
       continue;
     }
-    ChunkView next_view = view;
-    if (chunk + 1 < item.chunk_end) {
-      next_view = view_of_blocks(job.args, item, chunk + 1);
-    } else if (next) {
-      next_view = view_of_blocks(job.args, *next, next->chunk_begin);
-    }
-    view.next = next_view.memory;
-    view.next_stride = 2 * kLanes * kv_element_bytes(kv.kind);
+    const ChunkView ahead = view_of_blocks(job.args, item, next, (chunk + 1) * kAttentionChunk);
+    view.next = &ahead;
     attend_chunk(job, view, chunk);
-    view = next_view;
+    view = ahead;
   }
 }
 
@@ -366,7 +379,7 @@ inline void finish_rows(const AttentionJob& job) {
 inline bool merge_split(const AttentionJob& job) {
   AttentionSplit& split = ((const AttentionPlan*)job.args.plan)->splits[job.item.split];
   if (__atomic_add_fetch(&split.num_done, 1, __ATOMIC_ACQ_REL) < split.num_items) return false;
-  __atomic_store_n(&split.num_done, 0, __ATOMIC_RELAXED);  // for the next layer, which starts after a barrier
+  __atomic_store_n(&split.num_done, 0, __ATOMIC_RELAXED);  // for the next layer, which opens when all items are done
   for (int chunk = split.chunk_begin; chunk < split.chunk_end; chunk++) {
     for (int row = 0; row < job.num_rows; row += kLanes) {
       const int num_rows = job.num_rows - row < kLanes ? job.num_rows - row : kLanes;

@@ -15,7 +15,7 @@ constexpr int kMaxColumns = 8;
 constexpr bool kUnpacksNibbles = false;
 constexpr bool kUnpacksWords = false;
 
-inline void unpack_nibbles(const uint8_t*, uint8_t*) {}  // never called
+inline void unpack_nibbles(const uint8_t*, uint8_t*) {}           // never called
 inline void unpack_words(const uint8_t*, bool, int, uint8_t*) {}  // never called
 
 // Features 4 g .. 4 g + 3 of the 16 rows as bytes.

@@ -11,7 +11,7 @@ constexpr int kMaxColumns = 4;  // rows of activations in a tile
 constexpr bool kUnpacksNibbles = false;
 constexpr bool kUnpacksWords = false;
 
-inline void unpack_nibbles(const uint8_t*, uint8_t*) {}  // never called
+inline void unpack_nibbles(const uint8_t*, uint8_t*) {}           // never called
 inline void unpack_words(const uint8_t*, bool, int, uint8_t*) {}  // never called
 
 // The features of one row in an activation block, int32 [32].

@@ -13,7 +13,7 @@ constexpr int kMaxColumns = 4;  // rows of activations in a tile: 16 sums of 32 
 constexpr bool kUnpacksNibbles = false;
 constexpr bool kUnpacksWords = false;
 
-inline void unpack_nibbles(const uint8_t*, uint8_t*) {}  // never called
+inline void unpack_nibbles(const uint8_t*, uint8_t*) {}           // never called
 inline void unpack_words(const uint8_t*, bool, int, uint8_t*) {}  // never called
 
 // Features 4 g .. 4 g + 3 of rows 4 i .. 4 i + 3, signed.

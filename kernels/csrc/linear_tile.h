@@ -44,8 +44,8 @@ struct TileArgs {
   const uint8_t* scales;  // [parts][16], then zeros likewise; float16 or float32
   int64_t scale_stride;
   bool has_f16_scales;  // unpacked blocks have none
-  const uint8_t* a;  // activation block of the first four rows
-  int64_t a_stride;  // bytes from four rows to the next four
+  const uint8_t* a;     // activation block of the first four rows
+  int64_t a_stride;     // bytes from four rows to the next four
   int32_t num_blocks;
   bool is_first;         // start from 0, not from what is in `sums`
   float* sums;           // [rows][16]
