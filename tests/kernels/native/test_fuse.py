@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from headrace.kernels.native.executor import NativeExecutor, pack
 from headrace.kernels.native.fuse import REWRITES, fuse, lower, merge_products, quantize_once
+from headrace.kernels.native.fuse_rows import select_rows_early
 from headrace.kernels.native.ops import (
     Attention,
     MatMul,
@@ -33,6 +34,7 @@ from headrace.kernels.program import (
     GatedActivation,
     KvLayout,
     Linear,
+    PagedAttention,
     RmsNorm,
     SelectRows,
     StepProgram,
@@ -83,6 +85,8 @@ def test_every_rewrite_gives_the_same_bits(
     program = lower(given.model.program, given.forms)
     want = given.logits(program)
     assert np.isfinite(want).all()
+    program = lower(select_rows_early(given.model.program), given.forms)
+    np.testing.assert_array_equal(given.logits(program), want, err_msg="select_rows_early")
     for rewrite in REWRITES:
         rewritten = rewrite(program, given.forms)
         if rewritten != program:
@@ -99,7 +103,8 @@ def test_a_llama_layer_is_eight_ops(case: Callable[[str, str], Case]) -> None:
     given = case("llama", "Q4_1")
     program = fuse(given.model.program, given.forms)
     layer = ["Norm", "MatMul", "RopeKv", "Attention", "MatMul", "Norm", "MatMul", "MatMul"]
-    assert kinds(program.ops) == ["Embed", *layer * 3, "Norm", "MatMul"]
+    last = [*layer[:4], "SelectRows", "SelectRows", "Quantize", *layer[4:]]
+    assert kinds(program.ops) == ["Embed", *layer * 2, *last, "Norm", "MatMul"]
     qkv, out, gate, down, head = (op for op in (*program.ops[1:9], program.ops[-1]) if isinstance(op, MatMul))
     assert [spec.sources for spec in program.matrices if spec.name == qkv.matrix] == [
         ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight")
@@ -108,6 +113,19 @@ def test_a_llama_layer_is_eight_ops(case: Callable[[str, str], Case]) -> None:
     bits = {buffer.name: buffer.bits for buffer in program.quant_buffers}
     assert [bits[op.x] for op in (qkv, out, gate, down, head)] == [8, 8, 8, 8, 16]
     assert {spec.name for spec in pack_specs(program)} == {op.matrix for op in program.ops if isinstance(op, MatMul)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_wanted_rows_pass_the_last_layers_products(architecture: str, case: Callable[[str, str], Case]) -> None:
+    program = case(architecture, "Q4_1").model.program
+    rows = {buffer.name: buffer.rows for buffer in program.buffers}
+    moved = select_rows_early(program)
+    moved_rows = {buffer.name: buffer.rows for buffer in moved.buffers}
+    linears = [[op for op in p.ops if isinstance(op, Linear)] for p in (program, moved)]
+    assert [op.weight for op in linears[0]] == [op.weight for op in linears[1]]
+    assert [rows[op.out] for op in linears[0][-5:]] == ["tokens"] * 4 + ["logits"]
+    assert [moved_rows[op.out] for op in linears[1][-5:]] == ["logits"] * 5  # o, gate, up, down, head
+    assert {moved_rows[op.out] for op in linears[1][:-5]} == {"tokens"}
 
 
 def test_qk_norms_join_the_rotation(case: Callable[[str, str], Case]) -> None:
@@ -129,15 +147,19 @@ def test_narrow_heads_are_quantised_apart_from_their_attention(case: Callable[[s
     given = case("llama3", "Q4_1")  # heads of 16
     program = fuse(given.model.program, given.forms)
     assert all(op.quantized is None for op in program.ops if isinstance(op, Attention))
-    assert sum(isinstance(op, Quantize) and op.x == "attn" for op in program.ops) == len(given.model.program.kv)
+    assert sum(isinstance(op, Quantize) and op.x in ("attn", "attn.chosen") for op in program.ops) == len(
+        given.model.program.kv
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_activation_bits_leave_the_head_alone(bits: int, case: Callable[[str, str], Case]) -> None:
     given = case("llama", "Q4_1")
     program = fuse(given.model.program, given.forms, activation_bits=bits)  # type: ignore[arg-type]
-    assert {b.bits for b in program.quant_buffers if b.rows == "tokens"} == {bits}
-    assert {b.bits for b in program.quant_buffers if b.rows == "logits"} == {16}
+    bits_of = {buffer.name: buffer.bits for buffer in program.quant_buffers}
+    *products, head = (op for op in program.ops if isinstance(op, MatMul))
+    assert {bits_of[op.x] for op in products} == {bits}
+    assert bits_of[head.x] == 16
 
 
 def test_unknown_precisions_are_refused(case: Callable[[str, str], Case]) -> None:
@@ -213,6 +235,24 @@ def test_products_of_different_inputs_are_not_merged() -> None:
 def test_a_product_of_the_output_of_another_is_not_merged() -> None:
     program = run_by_hand([Linear("a", "x", "w1"), Linear("x", "a", "w2")])
     assert all(len(spec.sources) == 1 for spec in pack_specs(program))
+
+
+def test_rows_are_not_selected_before_the_last_attention() -> None:
+    """Of programs without attention, and of those that read all rows again later, nothing moves."""
+    ops = (Embed("x", "t", 1.0), Linear("x", "x", "w1"), SelectRows("last", "x"), Linear("logits", "last", "t"))
+    buffers = (Buffer("x", "tokens", 8), Buffer("last", "logits", 8), Buffer("logits", "logits", 8))
+    program = StepProgram(buffers, ops, (), (KvLayout(1, 8),), 8)
+    assert select_rows_early(program) == program
+    attention = PagedAttention("x", "x", 0, 1, 1, 8, 1.0)
+    again = replace(program, ops=(ops[0], attention, *ops[1:3], Linear("x", "x", "w2"), ops[3]))
+    assert select_rows_early(again) == again
+    assert select_rows_early(replace(program, ops=(ops[0], attention, *ops[1:]))).ops == (
+        ops[0],
+        attention,
+        SelectRows("x.chosen", "x"),
+        Linear("x.chosen", "x.chosen", "w1"),
+        Linear("logits", "x.chosen", "t"),
+    )
 
 
 def test_selected_rows_that_no_norm_reads_stay() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from headrace.kernels.native.fuse_rows import select_rows_early
 from headrace.kernels.native.ops import (
     GROUP,
     LANES,
@@ -53,6 +54,7 @@ def fuse(
     forms: of every matrix of the program (`ops.form_of`). activation_bits: precision of the activations that meet
     quantised weights, but for the output head's, which is `head_bits`.
     """
+    program = select_rows_early(program)
     native = lower(program, forms, activation_bits=activation_bits, head_bits=head_bits)
     for rewrite in REWRITES:
         native = rewrite(native, forms)
