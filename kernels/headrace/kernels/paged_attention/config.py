@@ -25,8 +25,8 @@ class AttentionConfig:
     split: int = 512
     split_warps: int = 4
     split_stages: int = 3
-    prefill_block_m: int = 64
-    prefill_warps: int = 4
+    prefill_block_m: int = 128
+    prefill_warps: int = 8
     prefill_stages: int = 2
     max_programs: int = 4096
 

@@ -54,7 +54,8 @@ def split_kernel(q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, stats_ptr, cu_seqlen
     if D1 > 0:
         q1 = load_rows(q_ptr, q_offset, is_row, D0, D1).to(DOT)
     table = tables_ptr + seq.to(tl.int64) * table_step
-    for split in range(split_lo + tl.program_id(2), split_hi, tl.num_programs(2)):
+    # Hoisting out of this loop, which often turns once, would keep both inner loops' addresses in registers at a time.
+    for split in tl.range(split_lo + tl.program_id(2), split_hi, tl.num_programs(2), disable_licm=True):
         lo = split * (SPLIT // BLOCK_N)
         hi = tl.minimum(lo + SPLIT // BLOCK_N, tl.cdiv(seq_len, BLOCK_N))
         if WINDOW:

@@ -80,10 +80,10 @@ def step(tile, block, q0, q1, keys, values, k_step, v_step, peak, total, acc0, a
     is_kept = pos < kv_end
     if WINDOW:
         is_kept = is_kept & (pos >= kv_begin)
-    k0 = load_tile(k_tile, is_kept, 0, D0, BLOCK_N, DIM, True, MASKED)
+    k0 = load_tile(k_tile, is_kept, 0, D0, BLOCK_N, DIM, True, False)
     s = tl.dot(q0, dot_type(k0, KV, DOT), input_precision="ieee")
     if D1 > 0:
-        k1 = load_tile(k_tile, is_kept, D0, D1, BLOCK_N, DIM, True, MASKED)
+        k1 = load_tile(k_tile, is_kept, D0, D1, BLOCK_N, DIM, True, False)
         s = tl.dot(q1, dot_type(k1, KV, DOT), s, input_precision="ieee")
     if SOFT_CAP:
         # cap * tanh(x / cap) by 1 - 2 / (1 + e^(2x / cap)); triton.soft_cap_factors gives `rate` and `cap`.
@@ -143,7 +143,7 @@ def attend(lo, hi, first_pos, last_pos, q0, q1, keys, values, table, k_step, v_s
         kv_begin = tl.maximum(first_pos - window + 1, 0)
         # The first tile that even the last row sees from its start.
         full_lo = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(last_pos - window + 1, 0), BLOCK_N)), hi)
-        for tile in tl.range(lo, full_lo, num_stages=1):
+        for tile in tl.range(lo, full_lo, num_stages=2):
             block = tl.load(table + tile // TILES)
             peak, total, acc0, acc1 = step(
                 tile, block, q0, q1, keys, values, k_step, v_step, peak, total, acc0, acc1, row_pos, kv_begin, kv_end,
@@ -158,7 +158,7 @@ def attend(lo, hi, first_pos, last_pos, q0, q1, keys, values, table, k_step, v_s
             window, rate, cap, D0, D1, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW, WIDE_SUM, False,
         )  # fmt: skip
         block = next_block
-    for tile in tl.range(full_hi, hi, num_stages=1):
+    for tile in tl.range(full_hi, hi, num_stages=2):
         block = tl.load(table + tile // TILES)
         peak, total, acc0, acc1 = step(
             tile, block, q0, q1, keys, values, k_step, v_step, peak, total, acc0, acc1, row_pos, kv_begin, kv_end,
