@@ -69,6 +69,21 @@ def _llama() -> transformers.PreTrainedConfig:
     )
 
 
+def _llama_smallest() -> transformers.PreTrainedConfig:
+    """For kernels in an interpreter, where a step of the others takes seconds."""
+    return transformers.LlamaConfig(
+        **_SHAPE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+    )
+
+
 def _llama3() -> transformers.PreTrainedConfig:
     rope = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 64
@@ -115,6 +130,7 @@ def _gemma3(attention_soft_cap: float | None = None) -> transformers.PreTrainedC
 
 CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "llama": _llama,
+    "llama-smallest": _llama_smallest,
     "llama3": _llama3,
     "llama-linear": _llama_linear,
     "mistral": _mistral,

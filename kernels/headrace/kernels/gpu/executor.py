@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
-from headrace.kernels.batch import F32, RowResult, RowSampling, StepBatch
+from headrace.kernels.batch import F32, ExecutorLostError, RowResult, RowSampling, StepBatch
 from headrace.kernels.gpu import attention, cache, memory, setup
 from headrace.kernels.gpu.graphs import DecodeGraphs
 from headrace.kernels.gpu.lower import LowerOptions, lower
@@ -183,18 +185,20 @@ class GpuExecutor:
         if not self.has_room:
             raise RuntimeError(f"{len(self._in_flight)} steps are in flight already")
         self._limits.check(batch)
-        slot = self._launch(batch, batch.sampling)
-        done = None
-        if self._device.type == "cuda":
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
+        with _lost_device():
+            slot = self._launch(batch, batch.sampling)
+            done = None
+            if self._device.type == "cuda":
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record()
         self._in_flight.append(_InFlight(slot, batch.sampling, done))
 
     def collect(self) -> list[RowResult]:
         """The results of the step that was submitted first; waits for it."""
         step = self._in_flight.popleft()
         if step.done is not None:
-            step.done.synchronize()
+            with _lost_device():
+                step.done.synchronize()
         return self._sampler.decode(step.slot, step.sampling)
 
     def forward(self, batch: StepBatch) -> F32:
@@ -233,7 +237,9 @@ class GpuExecutor:
 
     def _fill(self, batch: StepBatch, num_seqs: int, sampling: tuple[RowSampling, ...] = ()) -> None:
         self._staging.fill(batch, num_seqs=num_seqs, null_block=self._num_blocks)
-        self._sampler.encode(sampling, self._staging.extra())
+        if sampling:
+            newest = batch.token_ids[batch.logit_rows]
+            self._sampler.encode(sampling, np.where(newest < 0, -1 - newest, -1).tolist(), self._staging.extra())
         self._staging.send(num_seqs)
 
     def _fits(self, num_seqs: int, max_query_len: int, max_seq_len: int) -> bool:
@@ -268,3 +274,16 @@ class GpuExecutor:
         free, _ = torch.cuda.mem_get_info(self._device)
         other = setup.activation_bytes(self._program, self._limits, self._options)
         memory.check_weights_fit(free, program, forms, self._options.compute_dtype, other, self._target.name)
+
+
+@contextmanager
+def _lost_device() -> Iterator[None]:
+    """A CUDA error stays with the context: whatever is asked of it next fails too. Running out of memory does not."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if isinstance(error, torch.AcceleratorError) or "CUDA" in str(error):
+            raise ExecutorLostError(f"the GPU failed: {error}") from error
+        raise

@@ -17,14 +17,15 @@ _USUAL_ENTRIES = 1024  # tokens whose logits change (biases, penalties), in the 
 
 
 class Sampler:
-    """Owns parameters, tokens and their host copies. sampled: int32 [max_rows], the tokens of the last step."""
+    """Owns parameters, tokens and their host copies. sampled: int32 [max_rows], the tokens of the step before, which
+    the next one may start from; a buffer of its own, as rows look at it while others are being sampled."""
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
         self.num_words = sampling.words_for(max_rows, _USUAL_ENTRIES)
         size = DeviceTokens.words_for(max_rows)
         self._device = device
         self._words = torch.zeros(size, dtype=torch.int32, device=device)
-        self.sampled = self._words[:max_rows]
+        self.sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
         is_pinned = device.type == "cuda"
         self._results = [torch.zeros(size, dtype=torch.int32, pin_memory=is_pinned) for _ in range(NUM_SLOTS)]
         self._vocab_size = vocab_size
@@ -37,9 +38,10 @@ class Sampler:
         """Where the batch's copy puts our words on the device."""
         self._extra = extra
 
-    def encode(self, rows: Sequence[RowSampling], words: I32) -> None:
-        """Write the parameters of the next step into the host's part of the batch."""
-        self._packed = sampling.pack_sampling(rows) if rows else None
+    def encode(self, rows: Sequence[RowSampling], pending: Sequence[int], words: I32) -> None:
+        """Write the parameters of the next step into the host's part of the batch. pending: for each row the result of
+        the step before that is its newest token, or -1."""
+        self._packed = sampling.pack_sampling(rows, pending) if rows else None
         if self._packed is not None and len(self._packed.words) <= len(words):
             words[: len(self._packed.words)] = self._packed.words
 
@@ -50,7 +52,8 @@ class Sampler:
         workspace = self._workspace
         if self._packed.num_entries > _USUAL_ENTRIES:
             workspace = self._make_workspace(self._packed.num_rows, self._packed.num_entries)
-        sample(logits, self._parameters(self._packed, slot), tokens, workspace)
+        sample(logits, self._parameters(self._packed, slot), tokens, workspace, previous=self.sampled)
+        self.sampled[: self._packed.num_rows].copy_(tokens.token_ids)
         size = len(tokens.words)
         self._results[slot][:size].copy_(self._words[:size], non_blocking=True)
 

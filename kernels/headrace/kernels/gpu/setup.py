@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from headrace.kernels.gpu.executor import GpuOptions
 
 # In the interpreter a program costs milliseconds whatever its size: few large ones. No bit depends on it.
-_INTERPRETED_LINEAR = {"block_n": 128, "split_programs": 0}
+_INTERPRETED_LINEAR = {"block_n": 64, "split_programs": 0}
 # Partial results of split KV: enough for a full batch of long contexts; more sequences take several calls.
 _MAX_ATTENTION_WORKSPACE = 256 << 20
 

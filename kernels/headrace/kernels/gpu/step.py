@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from headrace.kernels.activation.triton import gated_activation, soft_cap
 from headrace.kernels.embed.triton import embed
 from headrace.kernels.gpu.cache import LayerCache
 from headrace.kernels.gpu.ops import Attention, Embed, GpuOp, GpuProgram, Norm, Product, RopeKv
@@ -97,9 +97,7 @@ class StepRunner:
 
     def _embed(self, op: Embed, shape: StepShape) -> None:
         out = self._tensor(op.out, shape)
-        matrix = self._weights.matrices[op.table]
-        table = matrix.tensors["weight"] if matrix.kind == "dense" else matrix
-        embed(self._batch.token_ids[: shape.num_tokens], table, op.scale, out)  # type: ignore[arg-type]
+        embed(self._batch.token_ids[: shape.num_tokens], self._weights.matrices[op.table], op.scale, out)
 
     def _norm(self, op: Norm, shape: StepShape) -> None:
         x, weight = self._tensor(op.x, shape), self._weights.vectors[op.weight]
@@ -120,6 +118,8 @@ class StepRunner:
             workspace=self._launching.linear_workspace,
             config=self._launching.linear_config(op.matrix, len(x)),
         )
+        if op.rope_kv is not None:
+            self._rope_kv(op.rope_kv, shape)
 
     def _rope_kv(self, op: RopeKv, shape: StepShape) -> None:
         assert op.q is not None
@@ -169,16 +169,13 @@ class StepRunner:
                 config=self._launching.attention_config,
             )
 
-    # The rest is rare (Gemma's norms after the blocks, weights of mixed forms) or once a step, and torch's own kernels
-    # do it: one launch each, captured like ours.
-
     def _add(self, op: Add, shape: StepShape) -> None:
+        # After Gemma's norms alone: a launch of torch's, captured like ours.
         torch.add(self._tensor(op.a, shape), self._tensor(op.b, shape), out=self._tensor(op.out, shape))
 
     def _gated_activation(self, op: GatedActivation, shape: StepShape) -> None:
-        gate, out = self._tensor(op.gate, shape).float(), self._tensor(op.out, shape)
-        activated = F.silu(gate) if op.kind == "silu" else F.gelu(gate, approximate="tanh")
-        out.copy_(activated.mul_(self._tensor(op.up, shape)))
+        gate, up, out = (self._tensor(name, shape) for name in (op.gate, op.up, op.out))
+        gated_activation(gate, up, op.kind, out)
 
     def _select_rows(self, op: SelectRows, shape: StepShape) -> None:
         if not shape.selects_all and shape.num_logits:
@@ -186,7 +183,7 @@ class StepRunner:
             torch.index_select(self._tensor(op.x, shape), 0, rows, out=self._tensor(op.out, shape))
 
     def _soft_cap(self, op: SoftCap, shape: StepShape) -> None:
-        self._tensor(op.x, shape).div_(op.cap).tanh_().mul_(op.cap)
+        soft_cap(self._tensor(op.x, shape), op.cap)
 
 
 _RUN: dict[type[GpuOp], Callable[[StepRunner, Any, StepShape], None]] = {
