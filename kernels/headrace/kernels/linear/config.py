@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """block_m: rows of x per program. block_n: rows of the weight; at most 128. group_n: tiles of weights that go
+    """block_m: rows of x per program. block_n: rows of the weight. group_n: tiles of weights that go
     through x together. split_programs: chunks of K are programs of their own where the tiles are fewer than this."""
 
     block_m: int = 16
@@ -22,7 +22,7 @@ class LinearConfig:
     split_programs: int = 512
 
     def __post_init__(self) -> None:
-        for name, allowed in (("block_m", (16, 32, 64, 128, 256)), ("block_n", (16, 32, 64, 128))):
+        for name, allowed in (("block_m", (16, 32, 64, 128, 256)), ("block_n", (16, 32, 64, 128, 256))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, is {getattr(self, name)}")
         if self.num_warps not in (1, 2, 4, 8, 16) or not 1 <= self.num_stages <= 8:

@@ -6,15 +6,17 @@ many rows the norm is a launch of its own, with the same bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from headrace.kernels.linear.config import LinearConfig, default_config
+from headrace.kernels.linear.epilogue import RopeKvEpilogue
 from headrace.kernels.linear.layout import PLANES
 from headrace.kernels.linear.pack import PackedLinear
 from headrace.kernels.linear.triton_direct import direct_kernel
+from headrace.kernels.linear.triton_heads import HAS_CACHE_SCALE, HAS_HEAD_NORM, HAS_ROTATION, Heads
 from headrace.kernels.linear.triton_norm import norm_rows_kernel
 from headrace.kernels.linear.triton_packed import packed_kernel
 
@@ -58,6 +60,7 @@ class _Operands:
     partials: torch.Tensor | None
     counters: torch.Tensor | None
     activation: str | None
+    rope_kv: RopeKvEpilogue | None
 
 
 def cut(weight: PackedLinear, m: int, config: LinearConfig) -> Tiles:
@@ -68,16 +71,17 @@ def cut(weight: PackedLinear, m: int, config: LinearConfig) -> Tiles:
     return Tiles(tiles_n, tiles_m, splits, is_split)
 
 
-def workspace_bytes(weight: PackedLinear, m: int, config: LinearConfig | None = None, *, has_norm: bool = False) -> int:
+def workspace_bytes(weight: PackedLinear, m: int, config: LinearConfig | None = None, *, has_norm: bool = True) -> int:
     """Bytes of workspace that a product of m rows needs; products on one stream share a workspace."""
     config = default_config(weight.kind, m) if config is None else config
+    sums = max(_sums_bytes(weight, m, replace(config, block_n=n)) for n in {config.block_n, 64, 128, 256})
+    return COUNTER_BYTES + sums + (sum(_normed_bytes(weight, m)) if has_norm and m > PROLOGUE_ROWS else 0)
+
+
+def _sums_bytes(weight: PackedLinear, m: int, config: LinearConfig) -> int:
+    """Bytes of the sums of chunks."""
     tiles = cut(weight, m, config)
-    total = COUNTER_BYTES
-    if tiles.is_split:
-        total += 4 * tiles.programs * (config.block_n + 1) * config.block_m
-    if has_norm and m > PROLOGUE_ROWS:
-        total += sum(_normed_bytes(weight, m))
-    return total
+    return 4 * tiles.programs * (config.block_n + 1) * config.block_m if tiles.is_split else 0
 
 
 def linear(
@@ -89,6 +93,7 @@ def linear(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     activation: str | None = None,
+    rope_kv: RopeKvEpilogue | None = None,
     x_scale: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
     config: LinearConfig | None = None,
@@ -99,29 +104,37 @@ def linear(
     takes nothing else; float8_e4m3fn for fp8 and fp8_block) with x_scale float32 [M] (fp8_block: [M, ceil(K / 128)]),
     x * x_scale being the values. out: [M, weight.out_features], rows of any stride, of a float type.
     norm: (weight [K], eps): x / sqrt(mean(x^2) + eps) * weight first. weight and x * weight are rounded to x's type
-    (where they must be finite), what is divided is not. bias: [weight.shape[0]] in the order of the sources. residual: as out, which it may be.
-    activation: "silu" or "gelu_tanh" exactly when the weight is gated: act(gate) * up. workspace: uint8,
-    `workspace_bytes`, 16-byte aligned, zero before its first use; None where none is needed.
+    (where they must be finite), what is divided is not. bias: [weight.shape[0]] in the order of the sources.
+    residual: as out, which it may be. activation: "silu" or "gelu_tanh" exactly when the weight is gated:
+    act(gate) * up. rope_kv: instead of residual and activation; `out` then gets q, its other columns are not written.
+    workspace: uint8, `workspace_bytes`, 16-byte aligned, zero before its first use; None where none is needed.
     """
     m = x.shape[0]
     config = default_config(weight.kind, m) if config is None else config
     _check(x, weight, out, norm, bias, residual, x_scale, activation)
+    if rope_kv is not None:
+        rope_kv.check(m, weight.shape[0])
+        if residual is not None or activation is not None:
+            raise ValueError("linear: rope_kv leaves no room for a residual or an activation")
+        config = _for_heads(config, rope_kv.head_dim)
     if m == 0:
         return
     tiles = cut(weight, m, config)
-    need = workspace_bytes(weight, m, config, has_norm=norm is not None)
+    sums = _sums_bytes(weight, m, config)
+    need = COUNTER_BYTES + sums
+    if norm is not None and m > PROLOGUE_ROWS:
+        need += sum(_normed_bytes(weight, m))
     if need > COUNTER_BYTES and (workspace is None or workspace.dtype != torch.uint8 or workspace.numel() < need):
         raise ValueError(f"linear: needs a workspace of {need} bytes (uint8)")
     partials = counters = None
     if workspace is not None and tiles.is_split:
-        end = workspace_bytes(weight, m, config)
         counters = workspace[:COUNTER_BYTES].view(torch.int32)
-        partials = workspace[COUNTER_BYTES:end].view(torch.float32)
+        partials = workspace[COUNTER_BYTES : COUNTER_BYTES + sums].view(torch.float32)
     norm_weight, eps = (None, 0.0) if norm is None else norm
     if workspace is not None and norm_weight is not None and m > PROLOGUE_ROWS:
         x, x_scale = _norm_rows(x, weight, norm_weight, eps, tiles, workspace[:need])
         norm_weight = None
-    operands = _Operands(x, out, norm_weight, eps, bias, residual, x_scale, partials, counters, activation)
+    operands = _Operands(x, out, norm_weight, eps, bias, residual, x_scale, partials, counters, activation, rope_kv)
     if weight.kind in PLANES:
         _launch_packed(operands, weight, tiles, config)
     else:
@@ -166,7 +179,7 @@ def _norm_rows(
 
 def _launch_packed(operands: _Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> None:
     layout = weight.blocks
-    x, out, residual = operands.x, operands.out, operands.residual
+    x, out, residual, heads = operands.x, operands.out, operands.residual, _heads(operands.rope_kv)
     packed_kernel[(tiles.programs,)](
         x,
         weight.tensors["words"],
@@ -176,6 +189,7 @@ def _launch_packed(operands: _Operands, weight: PackedLinear, tiles: Tiles, conf
         operands.norm_weight,
         operands.bias,
         residual,
+        heads,
         operands.x_scale,
         operands.partials,
         operands.counters,
@@ -200,6 +214,7 @@ def _launch_packed(operands: _Operands, weight: PackedLinear, tiles: Tiles, conf
 def _launch_direct(operands: _Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> None:
     block_k = weight.blocks.block_k
     x, out, residual, x_scale = operands.x, operands.out, operands.residual, operands.x_scale
+    heads = _heads(operands.rope_kv)
     values, scales = weight.tensors["weight"], weight.tensors.get("scales")
     if values.dtype == torch.float8_e4m3fn and x.dtype != torch.float8_e4m3fn:
         values = values.view(torch.uint8)
@@ -210,6 +225,7 @@ def _launch_direct(operands: _Operands, weight: PackedLinear, tiles: Tiles, conf
         operands.norm_weight,
         operands.bias,
         residual,
+        heads,
         x_scale,
         scales,
         operands.partials,
@@ -237,6 +253,7 @@ def _launch_direct(operands: _Operands, weight: PackedLinear, tiles: Tiles, conf
 def _common(operands: _Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> dict[str, Any]:
     """The constants and launch parameters that both kernels take."""
     block_k = weight.blocks.block_k
+    rope_kv = operands.rope_kv
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -246,9 +263,53 @@ def _common(operands: _Operands, weight: PackedLinear, tiles: Tiles, config: Lin
         "GROUP_N": config.group_n,
         "EVEN_K": weight.shape[1] % block_k == 0,
         "ACTIVATION": operands.activation,
+        "HEAD_FLAGS": 0 if rope_kv is None else _head_flags(rope_kv),
+        "HEAD_BLOCK_SIZE": 1 if rope_kv is None else rope_kv.k_cache.shape[2],
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+
+
+def _heads(rope_kv: RopeKvEpilogue | None) -> Heads | None:
+    if rope_kv is None:
+        return None
+    absent = rope_kv.positions
+    return Heads(
+        k_cache=rope_kv.k_cache,
+        v_cache=rope_kv.v_cache,
+        positions=rope_kv.positions,
+        slot_mapping=rope_kv.slot_mapping,
+        inv_freq=absent if rope_kv.inv_freq is None else rope_kv.inv_freq,
+        attention_factor=rope_kv.attention_factor,
+        q_norm=absent if rope_kv.q_norm is None else rope_kv.q_norm,
+        k_norm=absent if rope_kv.k_norm is None else rope_kv.k_norm,
+        eps=rope_kv.eps,
+        k_scale=absent if rope_kv.k_scale is None else rope_kv.k_scale,
+        v_scale=absent if rope_kv.v_scale is None else rope_kv.v_scale,
+        num_heads=rope_kv.num_heads,
+        num_kv_heads=rope_kv.num_kv_heads,
+        null_block=rope_kv.k_cache.shape[0] - 1,
+        stride_kb=rope_kv.k_cache.stride(0),
+        stride_kh=rope_kv.k_cache.stride(1),
+        stride_ks=rope_kv.k_cache.stride(2),
+        stride_vb=rope_kv.v_cache.stride(0),
+        stride_vh=rope_kv.v_cache.stride(1),
+        stride_vs=rope_kv.v_cache.stride(2),
+    )
+
+
+def _head_flags(rope_kv: RopeKvEpilogue) -> int:
+    present = (
+        (HAS_ROTATION, rope_kv.inv_freq),
+        (HAS_HEAD_NORM, rope_kv.q_norm),
+        (HAS_CACHE_SCALE, rope_kv.k_scale),
+    )
+    return sum(int(flag.value) for flag, tensor in present if tensor is not None)
+
+
+def _for_heads(config: LinearConfig, head_dim: int) -> LinearConfig:
+    """A tile is one head, with warps for 16 rows of the weight each, 4 at most."""
+    return replace(config, block_n=head_dim, num_warps=max(1, min(4, head_dim // 16, config.num_warps * 2)))
 
 
 def _has_ptx() -> bool:

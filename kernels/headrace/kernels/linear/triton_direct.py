@@ -7,11 +7,9 @@ unit keeps only some 14 bits of a long fp8 sum (DeepSeek-V3 report, section 3.3.
 
 import triton
 import triton.language as tl
+from headrace.kernels.linear.triton_finish import finish
 from headrace.kernels.linear.triton_tile import (
-    add_chunks,
     add_squares,
-    finish_tile,
-    keep_chunk,
     squares_of,
     tile_of_program,
     times_norm_weight,
@@ -28,6 +26,7 @@ def direct_kernel(
     norm_weight,
     bias,
     residual,
+    heads,
     x_scale,
     w_scale,
     partials,
@@ -56,6 +55,8 @@ def direct_kernel(
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HEAD_FLAGS: tl.constexpr,
+    HEAD_BLOCK_SIZE: tl.constexpr,
 ):
     """out [M, out_features] = epilogue(norm(x [M, K]) @ weight.T); see `triton.py` for the arguments' meaning.
 
@@ -84,52 +85,10 @@ def direct_kernel(
             )  # fmt: skip
             total += acc
             squares += sq
-    if SPLIT_GRID:
-        tile = tile_n * num_m + tile_m
-        before = keep_chunk(total, squares, partials, counters, tile, chunk, SPLITS, BLOCK_N, BLOCK_M, HAS_NORM)
-        if before == SPLITS - 1:
-            total, squares = add_chunks(partials, counters, tile, SPLITS, BLOCK_N, BLOCK_M, HAS_NORM)
-            _finish(
-                total, squares, out, residual, bias, x_scale, w_scale, tile_n, tile_m, M, num_rows, out_features, K,
-                stride_out, stride_residual, eps, IS_BLOCK_SCALED, HAS_NORM, ACTIVATION,
-            )  # fmt: skip
-    else:
-        _finish(
-            total, squares, out, residual, bias, x_scale, w_scale, tile_n, tile_m, M, num_rows, out_features, K,
-            stride_out, stride_residual, eps, IS_BLOCK_SCALED, HAS_NORM, ACTIVATION,
-        )  # fmt: skip
-
-
-@triton.jit
-def _finish(
-    total,
-    squares,
-    out,
-    residual,
-    bias,
-    x_scale,
-    w_scale,
-    tile_n,
-    tile_m,
-    M,
-    num_rows,
-    out_features,
-    K,
-    stride_out,
-    stride_residual,
-    eps,
-    IS_BLOCK_SCALED: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    BLOCK_N: tl.constexpr = total.shape[0]
-    BLOCK_M: tl.constexpr = total.shape[1]
-    if w_scale is not None and not IS_BLOCK_SCALED:
-        row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        total = total * tl.load(w_scale + row, mask=row < num_rows, other=0.0)[:, None]
-    finish_tile(
-        total, squares, None if IS_BLOCK_SCALED else x_scale, out, residual, bias, tile_n * BLOCK_N,
-        tile_m * BLOCK_M, M, K, num_rows, out_features, stride_out, stride_residual, eps, ACTIVATION, HAS_NORM,
+    finish(
+        total, squares, None if IS_BLOCK_SCALED else x_scale, None if IS_BLOCK_SCALED else w_scale, out, residual,
+        bias, heads, partials, counters, tile_n, tile_m, num_m, chunk, M, K, num_rows, out_features,
+        stride_out, stride_residual, eps, SPLITS, SPLIT_GRID, HAS_NORM, ACTIVATION, HEAD_FLAGS, HEAD_BLOCK_SIZE,
     )  # fmt: skip
 
 

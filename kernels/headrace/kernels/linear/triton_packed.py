@@ -7,11 +7,9 @@ ones leaves where it is needed: exact, and cheaper than moving a sum across thre
 
 import triton
 import triton.language as tl
+from headrace.kernels.linear.triton_finish import finish
 from headrace.kernels.linear.triton_tile import (
-    add_chunks,
     add_squares,
-    finish_tile,
-    keep_chunk,
     squares_of,
     tile_of_program,
     times_norm_weight,
@@ -31,6 +29,7 @@ def packed_kernel(
     norm_weight,
     bias,
     residual,
+    heads,
     x_scale,
     partials,
     counters,
@@ -55,6 +54,8 @@ def packed_kernel(
     GROUP_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HEAD_FLAGS: tl.constexpr,
+    HEAD_BLOCK_SIZE: tl.constexpr,
     INLINE_ASM: tl.constexpr,
 ):
     """out [M, out_features] = epilogue(norm(x [M, K]) @ weight.T); see `triton.py` for the arguments' meaning.
@@ -81,20 +82,11 @@ def packed_kernel(
             )  # fmt: skip
             total += acc
             squares += sq
-    if SPLIT_GRID:
-        tile = tile_n * num_m + tile_m
-        before = keep_chunk(total, squares, partials, counters, tile, chunk, SPLITS, BLOCK_N, BLOCK_M, HAS_NORM)
-        if before == SPLITS - 1:
-            total, squares = add_chunks(partials, counters, tile, SPLITS, BLOCK_N, BLOCK_M, HAS_NORM)
-            finish_tile(
-                total, squares, x_scale, out, residual, bias, tile_n * BLOCK_N, tile_m * BLOCK_M, M, K,
-                num_rows, out_features, stride_out, stride_residual, eps, ACTIVATION, HAS_NORM,
-            )  # fmt: skip
-    else:
-        finish_tile(
-            total, squares, x_scale, out, residual, bias, tile_n * BLOCK_N, tile_m * BLOCK_M, M, K,
-            num_rows, out_features, stride_out, stride_residual, eps, ACTIVATION, HAS_NORM,
-        )  # fmt: skip
+    finish(
+        total, squares, x_scale, None, out, residual, bias, heads,
+        partials, counters, tile_n, tile_m, num_m, chunk, M, K, num_rows, out_features,
+        stride_out, stride_residual, eps, SPLITS, SPLIT_GRID, HAS_NORM, ACTIVATION, HEAD_FLAGS, HEAD_BLOCK_SIZE,
+    )  # fmt: skip
 
 
 @triton.jit

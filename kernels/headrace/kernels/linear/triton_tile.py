@@ -72,14 +72,14 @@ def keep_chunk(
     tile,
     chunk,
     SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
     """Store this program's sums; how many of its tile's programs had come before it.
 
     The barrier puts every thread's stores before the one thread's release; its acquire puts theirs before our loads.
     """
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
     SIZE: tl.constexpr = (BLOCK_N + 1) * BLOCK_M
     place = partials + (tile.to(tl.int64) * SPLITS + chunk) * SIZE
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
@@ -92,15 +92,16 @@ def keep_chunk(
 
 @triton.jit
 def add_chunks(
+    acc,
     partials,
     counters,
     tile,
     SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
-    """The sums of all chunks, first to last, and the counter back at 0 for the next launch."""
+    """The sums of all chunks, first to last, in the shape of acc; the counter is back at 0 for the next launch."""
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
     SIZE: tl.constexpr = (BLOCK_N + 1) * BLOCK_M
     place = partials + tile.to(tl.int64) * SPLITS * SIZE
     rows, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
@@ -126,6 +127,33 @@ def activate(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def scale_rows(acc, squares, x_scale, first_m, M, K, eps, HAS_NORM: tl.constexpr):
+    """A tile's sums times the scale of each row of x, and divided by its root mean square.
+
+    squares: float32 [BLOCK_M], of rows to norm. x_scale: float32 [M] or None.
+    """
+    if x_scale is not None:
+        m = first_m + tl.arange(0, acc.shape[1])
+        acc = acc * tl.load(x_scale + m, mask=m < M, other=0.0)[None, :]
+    if HAS_NORM:
+        acc = acc * norm_factor(squares, K, eps)[None, :]
+    return acc
+
+
+@triton.jit
+def add_bias(acc, bias, first_row, num_rows, out_features, IS_GATED: tl.constexpr):
+    """bias: [out_features], or gated [2 * out_features] (gate, then up), or None. num_rows: of the packed weight."""
+    if bias is not None:
+        row = first_row + tl.arange(0, acc.shape[0])
+        entry, mask = row, row < num_rows
+        if IS_GATED:
+            inside = row // (2 * GATE_ROWS) * GATE_ROWS + row % GATE_ROWS
+            entry, mask = inside + row // GATE_ROWS % 2 * out_features, mask & (inside < out_features)
+        acc += tl.load(bias + entry, mask=mask, other=0.0).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
 def finish_tile(
     acc,
     squares,
@@ -145,38 +173,22 @@ def finish_tile(
     ACTIVATION: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
-    """Scale rows of x, add the bias, act, add the residual, and store [BLOCK_M, BLOCK_N (/ 2 if gated)].
-
-    squares: float32 [BLOCK_M], of rows to norm. x_scale: float32 [M] or None. bias: [out_features], or gated
-    [2 * out_features] (gate, then up). num_rows: of the weight.
-    """
+    """Scale rows of x, add the bias, act, add the residual, and store [BLOCK_M, BLOCK_N (/ 2 if gated)]."""
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
-    rows = first_row + tl.arange(0, BLOCK_N)
-    m = first_m + tl.arange(0, BLOCK_M)
-    if x_scale is not None:
-        acc = acc * tl.load(x_scale + m, mask=m < M, other=0.0)[None, :]
-    if HAS_NORM:
-        acc = acc * norm_factor(squares, K, eps)[None, :]
-    if bias is not None:
-        if ACTIVATION is None:
-            entry = rows
-        else:
-            entry = rows // (2 * GATE_ROWS) * GATE_ROWS + rows % GATE_ROWS
-            is_real = entry < out_features
-            entry += rows // GATE_ROWS % 2 * out_features
-            entry = tl.where(is_real, entry, 0)
-        acc += tl.load(bias + entry, mask=rows < num_rows, other=0.0).to(tl.float32)[:, None]
+    acc = scale_rows(acc, squares, x_scale, first_m, M, K, eps, HAS_NORM)
+    acc = add_bias(acc, bias, first_row, num_rows, out_features, ACTIVATION is not None)
     if ACTIVATION is None:
-        columns = rows
+        column = first_row + tl.arange(0, BLOCK_N)
     else:
         halves = tl.reshape(acc, (BLOCK_N // (2 * GATE_ROWS), 2, GATE_ROWS, BLOCK_M))
         gate, up = tl.split(tl.permute(halves, (0, 2, 3, 1)))
         acc = tl.reshape(activate(gate, up, ACTIVATION), (BLOCK_N // 2, BLOCK_M))
-        columns = first_row // 2 + tl.arange(0, BLOCK_N // 2)
-    mask = (columns < out_features)[:, None] & (m < M)[None, :]
+        column = first_row // 2 + tl.arange(0, BLOCK_N // 2)
+    m = first_m + tl.arange(0, BLOCK_M)
+    mask = (column < out_features)[:, None] & (m < M)[None, :]
     m = m.to(tl.int64)
     if residual is not None:
-        place = residual + m[None, :] * stride_residual + columns[:, None]
+        place = residual + m[None, :] * stride_residual + column[:, None]
         acc += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + m[None, :] * stride_out + columns[:, None], acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + m[None, :] * stride_out + column[:, None], acc.to(out.dtype.element_ty), mask=mask)
