@@ -76,9 +76,9 @@ def _llama_smallest() -> transformers.PreTrainedConfig:
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
     )
@@ -102,6 +102,14 @@ def _mistral() -> transformers.PreTrainedConfig:
 
 def _qwen2() -> transformers.PreTrainedConfig:
     shape = {key: value for key, value in _SMALL.items() if key != "head_dim"}  # Qwen2 derives it
+    rope = {"rope_type": "default", "rope_theta": 1000000.0}
+    return transformers.Qwen2Config(**shape, rope_parameters=rope, tie_word_embeddings=True)
+
+
+def _qwen2_wide() -> transformers.PreTrainedConfig:
+    """Heads of 32, the least that the GPU's kernels take, and biases."""
+    shape = {key: value for key, value in _SMALL.items() if key != "head_dim"}
+    shape |= {"num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2}
     rope = {"rope_type": "default", "rope_theta": 1000000.0}
     return transformers.Qwen2Config(**shape, rope_parameters=rope, tie_word_embeddings=True)
 
@@ -135,6 +143,7 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "llama-linear": _llama_linear,
     "mistral": _mistral,
     "qwen2": _qwen2,
+    "qwen2-wide": _qwen2_wide,
     "qwen3": _qwen3,
     "gemma3": _gemma3,
     "gemma3-capped": lambda: _gemma3(attention_soft_cap=1.5),

@@ -58,10 +58,8 @@ def validate_triton(use: AttentionUse) -> list[str]:
     if use.block_size not in (16, 32, 64, 128):
         reasons.append(f"block size {use.block_size}: the kernels take 16, 32, 64 or 128")
     for head_dim in use.head_dims:
-        low = 1 << (head_dim.bit_length() - 1)
-        rest = head_dim - low
-        if head_dim < 16 or rest & (rest - 1) or 0 < rest < 16:
-            reasons.append(f"head_dim {head_dim}: no sum of at most two powers of two from 16 on")
+        if head_dim % 16 or not 32 <= head_dim <= 256:
+            reasons.append(f"head_dim {head_dim}: the kernels take multiples of 16 from 32 to 256")
     return reasons
 
 

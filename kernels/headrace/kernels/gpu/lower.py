@@ -52,6 +52,8 @@ class LowerOptions:
     has_rope_epilogue: bool = True
 
 
+EPILOGUE_HEAD_DIMS = (16, 32, 64, 128, 256)  # a head is a power of two of columns of a tile
+
 Forms = Mapping[str, WeightForm]
 Rewrite = Callable[[GpuProgram, Forms, LowerOptions], GpuProgram]
 
@@ -271,7 +273,7 @@ def fuse_rope_epilogue(program: GpuProgram, forms: Forms, options: LowerOptions)
         product, turn = ops[i : i + 2]
         if not (isinstance(product, Product) and isinstance(turn, RopeKv)) or product.residual or product.activation:
             return None
-        if turn.q is None or turn.k is None or turn.v is None or turn.head_dim & (turn.head_dim - 1):
+        if turn.q is None or turn.k is None or turn.v is None or turn.head_dim not in EPILOGUE_HEAD_DIMS:
             return None
         whole = names.columns(product.out)
         begin = whole.begin

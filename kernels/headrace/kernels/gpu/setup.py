@@ -170,7 +170,11 @@ def _linear_need(program: GpuProgram, weights: DeviceWeights, limits: StepLimits
         (matrix.kind, matrix.shape, matrix.group_size, matrix.is_gated): matrix for matrix in weights.matrices.values()
     }
     rows = sorted({min(m, limits.max_tokens) for m in (1, *range(16, limits.max_tokens + 16, 16))})
-    return max(linear.workspace_bytes(matrix, m, configs.of(matrix, m)) for matrix in kinds.values() for m in rows)
+    return max(
+        linear.workspace_bytes(matrix, m, configs.of(matrix, m), has_norm=True)
+        for matrix in kinds.values()
+        for m in rows
+    )
 
 
 def activation_bytes(program: GpuProgram, limits: StepLimits, options: GpuOptions) -> int:

@@ -19,6 +19,7 @@ from headrace.kernels.gpu.shape import StepLimits, StepShape
 from headrace.kernels.gpu.staging import DeviceBatch
 from headrace.kernels.gpu.triton_tokens import resolve_tokens
 from headrace.kernels.gpu.weights import DeviceWeights
+from headrace.kernels.linear.epilogue import RopeKvEpilogue
 from headrace.kernels.linear.triton import linear
 from headrace.kernels.program import Add, GatedActivation, SelectRows, SoftCap
 from headrace.kernels.rms_norm.triton import rms_norm
@@ -115,11 +116,29 @@ class StepRunner:
             bias=self._weights.vectors["+".join(op.bias)] if op.bias else None,
             residual=None if op.residual is None else self._tensor(op.residual, shape),
             activation=op.activation,
+            rope_kv=None if op.rope_kv is None else self._epilogue(op.rope_kv, shape),
             workspace=self._launching.linear_workspace,
             config=self._launching.linear_config(op.matrix, len(x)),
         )
-        if op.rope_kv is not None:
-            self._rope_kv(op.rope_kv, shape)
+
+    def _epilogue(self, op: RopeKv, shape: StepShape) -> RopeKvEpilogue:
+        assert op.q is not None
+        cache = self.caches[op.layer]
+        return RopeKvEpilogue(
+            cache.k,
+            cache.v,
+            self._batch.positions[: shape.num_tokens],
+            self._batch.slot_mapping[: shape.num_tokens],
+            op.head_dim,
+            self._buffers[op.q].shape[1] // op.head_dim,
+            self._inv_freq(op),
+            op.attention_factor,
+            self._vector(op.q_norm),
+            self._vector(op.k_norm),
+            op.eps,
+            cache.k_scale,
+            cache.v_scale,
+        )
 
     def _rope_kv(self, op: RopeKv, shape: StepShape) -> None:
         assert op.q is not None
