@@ -25,7 +25,9 @@ from headrace.kernels.sample.triton_fields import (
     TEMPERATURE,
     TOP_K,
     TOP_P,
+    WINNER,
     as_bits,
+    as_id,
     float_field,
     int_field,
     plane,
@@ -144,13 +146,13 @@ def limits(line, rows, row, workspace, vocab_size, num_rows, num_chunks, CHUNKS:
     """(lowest, highest, id of the highest) of a row's logits as they are now, -inf left out of the lowest."""
     chunk = tl.arange(0, CHUNKS)
     inside = chunk < num_chunks
-    highest = tl.max(
-        tl.load(plane(workspace, HIGHEST, row, num_rows, num_chunks) + chunk, mask=inside, other=float("-inf")), axis=0
-    )
-    lowest = tl.min(
-        tl.load(plane(workspace, LOWEST, row, num_rows, num_chunks) + chunk, mask=inside, other=float("inf")), axis=0
-    )
-    best = 0
+    place = plane(workspace, HIGHEST, row, num_rows, num_chunks) + chunk
+    highs = tl.load(place, mask=inside, other=float("-inf"))
+    place = plane(workspace, LOWEST, row, num_rows, num_chunks) + chunk
+    lowest = tl.min(tl.load(place, mask=inside, other=float("inf")), axis=0)
+    winners = as_id(tl.load(plane(workspace, WINNER, row, num_rows, num_chunks) + chunk, mask=inside, other=0.0))
+    highest = tl.max(highs, axis=0)
+    best = tl.min(tl.where(inside & (highs == highest), winners, vocab_size), axis=0)
     if (int_field(rows, row, LAST_ENTRY) > int_field(rows, row, FIRST_ENTRY)) | (int_field(rows, row, PENDING) >= 0):
         high = tl.full((BLOCK,), float("-inf"), tl.float32)
         low = tl.full((BLOCK,), float("inf"), tl.float32)
