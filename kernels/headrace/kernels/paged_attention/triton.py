@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """Paged attention on a GPU: checks, grids and launches of the Triton kernels. Called by `headrace.kernels.gpu`.
 
 Allocates nothing and never waits for the device: grids are upper bounds made of host integers.
@@ -14,11 +13,11 @@ import triton.language as tl
 from headrace.kernels.paged_attention.config import MAX_SPLIT_ROWS, AttentionConfig
 from headrace.kernels.paged_attention.triton_prefill import prefill_kernel
 from headrace.kernels.paged_attention.triton_split import reduce_kernel, split_kernel
-from headrace.kernels.paged_attention.triton_tile import KV_FP8, KV_FP8_BITS, KV_INT8, KV_PLAIN
+from headrace.kernels.paged_attention.triton_unpack import KV_FP8, KV_INT8, KV_PLAIN
 
 LOG2_E = math.log2(math.e)
 COMPUTE_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-KV_KINDS = {torch.float8_e4m3fn: KV_FP8.value, torch.uint8: KV_FP8_BITS.value, torch.int8: KV_INT8.value}
+KV_KINDS = {torch.float8_e4m3fn: KV_FP8.value, torch.uint8: KV_FP8.value, torch.int8: KV_INT8.value}
 
 
 def split_rows(group: int) -> tuple[int, int]:
@@ -79,15 +78,17 @@ def paged_attention(
     num_heads, head_dim = q.shape[1:]
     num_kv_heads, block_size = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    d0 = 1 << (head_dim.bit_length() - 1)
     kind = KV_PLAIN.value if k_cache.dtype == q.dtype else KV_KINDS[k_cache.dtype]
-    # Of 8-bit keys and values the exact conversion is to fp16; to bf16 it takes a detour through fp32.
-    dot = tl.float16 if k_cache.dtype != q.dtype and q.dtype == torch.bfloat16 else COMPUTE_TYPES[q.dtype]
+    # Bytes become fp16 exactly; to bf16 they would go by way of fp32.
+    dot = tl.float16 if kind != KV_PLAIN.value and q.dtype == torch.bfloat16 else COMPUTE_TYPES[q.dtype]
+    if kind != KV_PLAIN.value:
+        k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     rate, cap = soft_cap_factors(scale, soft_cap) if soft_cap > 0.0 else (scale * LOG2_E, 0.0)
-    head_kinds = {"GROUP": group, "D0": d0, "D1": head_dim - d0, "KV": kind, "HAS_SCALES": k_scale is not None}
-    kinds = head_kinds | {
-        "BLOCK_N": config.block_n, "BLOCK_SIZE": block_size, "DOT": dot, "SOFT_CAP": soft_cap > 0.0,
-        "WINDOW": window > 0,
+    w0, w1 = _widths(head_dim, kind)
+    sizes = {"GROUP": group, "DIM": head_dim, "KV": kind, "HAS_SCALES": k_scale is not None, "WINDOW": window > 0}
+    kinds = sizes | {
+        "W0": w0, "W1": w1, "BLOCK_N": config.block_n, "BLOCK_SIZE": block_size, "DOT": dot,
+        "SOFT_CAP": soft_cap > 0.0, "INLINE_ASM": kind != KV_PLAIN.value and dot == tl.float16 and _has_ptx(),
     }  # fmt: skip
     strides = (
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1),
@@ -118,14 +119,31 @@ def paged_attention(
         tokens = rows_per_seq if max_query_len <= large // group else 1
         reduce_kernel[num_seqs, num_heads, tokens](
             partial, stats, out, cu_seqlens_q, seq_lens, v_scale, window, out.stride(0), out.stride(1), rows_per_seq,
-            num_heads, num_splits, SPLIT=config.split, MAX_QUERIES=large // group, WINDOW=window > 0, STAGES=4,
-            num_warps=1, **head_kinds,
+            num_heads, num_splits, W=triton.next_power_of_2(head_dim), SPLIT=config.split, MAX_QUERIES=large // group,
+            STAGES=4, num_warps=1, **sizes,
         )  # fmt: skip
 
 
 def soft_cap_factors(scale: float, soft_cap: float) -> tuple[float, float]:
     """(rate, cap) such that cap - 2 cap / (1 + 2^(rate * s)) = soft_cap * tanh(scale * s / soft_cap) * log2(e)."""
     return 2.0 * LOG2_E * scale / soft_cap, soft_cap * LOG2_E
+
+
+def _widths(head_dim: int, kind: int) -> tuple[int, int]:
+    """Columns of the two parts of a tile, powers of two; what they have beyond head_dim is never loaded."""
+    if kind != KV_PLAIN.value:
+        half = triton.next_power_of_2(head_dim // 2)
+        return half, half
+    first = 1 << (head_dim.bit_length() - 1)
+    # 16 columns are too few for four warps: they would all do the same work.
+    return first, max(32, triton.next_power_of_2(head_dim - first)) if head_dim > first else 0
+
+
+def _has_ptx() -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU; the interpreter has no target, and runs the plain forms."""
+    if triton.knobs.runtime.interpret:
+        return False
+    return bool(triton.runtime.driver.active.get_current_target().backend == "cuda")
 
 
 def _partials(
@@ -158,8 +176,8 @@ def _check(
     if k.dtype != q.dtype and k.dtype not in KV_KINDS:
         raise ValueError(f"KV must be {q.dtype}, float8_e4m3fn, uint8 (its bits) or int8, is {k.dtype}")
     head_dim, block_size = k.shape[3], k.shape[2]
-    if head_dim < 16 or (rest := head_dim - (1 << (head_dim.bit_length() - 1))) & (rest - 1) or 0 < rest < 16:
-        raise ValueError(f"head_dim must be a sum of at most two powers of two from 16 on, is {head_dim}")
+    if head_dim % 16 or not 32 <= head_dim <= 256:
+        raise ValueError(f"head_dim must be a multiple of 16 in 32 .. 256, is {head_dim}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} heads cannot be grouped over {k.shape[1]} KV heads")
     if block_size % config.block_n:

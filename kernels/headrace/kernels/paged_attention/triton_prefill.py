@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """Attention of sequences with many query rows (prefill chunks): one program per block of query rows and KV head.
 
 Called by triton.py. A row's tiles are those of whole blocks from its sequence's start on, so its bits do not depend on
@@ -7,7 +6,7 @@ where the chunk began.
 
 import triton
 import triton.language as tl
-from headrace.kernels.paged_attention.triton_tile import attend, load_rows, load_scales, store_rows
+from headrace.kernels.paged_attention.triton_tile import attend, load_query, load_scales, store_result
 
 
 @triton.jit
@@ -30,10 +29,11 @@ def find_sequence(cu_seqlens_ptr, index, num_seqs, BLOCK_Q: tl.constexpr):
 @triton.jit
 def prefill_kernel(q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, seq_lens_ptr, tables_ptr, k_scale_ptr, v_scale_ptr,
                    rate, cap, window, q_step_t, q_step_h, k_step, k_step_h, v_step, v_step_h, out_step_t, out_step_h,
-                   table_step, num_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr,
-                   D1: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, MIN_QUERIES: tl.constexpr,
-                   KV: tl.constexpr, DOT: tl.constexpr, HAS_SCALES: tl.constexpr, SOFT_CAP: tl.constexpr,
-                   WINDOW: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                   table_step, num_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, W0: tl.constexpr,
+                   W1: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+                   MIN_QUERIES: tl.constexpr, KV: tl.constexpr, DOT: tl.constexpr, HAS_SCALES: tl.constexpr,
+                   SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr, INLINE_ASM: tl.constexpr,
+                   STAGES: tl.constexpr):  # fmt: skip
     """Grid (T // BLOCK_Q + num_seqs, num_kv_heads), BLOCK_Q = BLOCK_M // GROUP; late blocks, the long ones, first.
 
     For sequences with at least MIN_QUERIES query tokens.
@@ -46,7 +46,7 @@ def prefill_kernel(q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, seq_lens_ptr, t
     q_len = tl.load(cu_seqlens_ptr + seq + 1) - row_begin
     context = tl.load(seq_lens_ptr + seq) - q_len
     token_lo = (index - (row_begin // BLOCK_Q + seq)) * BLOCK_Q
-    if q_len < MIN_QUERIES or token_lo >= q_len or context < 0:
+    if q_len < MIN_QUERIES or token_lo < 0 or token_lo >= q_len or context < 0:
         return
     rate, v_scale = load_scales(rate, k_scale_ptr, v_scale_ptr, kv_head, KV, HAS_SCALES)
     rows = tl.arange(0, BLOCK_M)
@@ -55,10 +55,7 @@ def prefill_kernel(q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, seq_lens_ptr, t
     is_row = token < token_hi
     head = kv_head * GROUP + rows % GROUP
     q_offset = (row_begin + token) * q_step_t + head * q_step_h
-    q0 = load_rows(q_ptr, q_offset, is_row, 0, D0).to(DOT)
-    q1 = q0
-    if D1 > 0:
-        q1 = load_rows(q_ptr, q_offset, is_row, D0, D1).to(DOT)
+    q0, q1 = load_query(q_ptr, q_offset, is_row, W0, W1, DIM, KV, DOT)
     first_pos = context + token_lo
     last_pos = context + token_hi - 1
     lo = 0
@@ -67,8 +64,8 @@ def prefill_kernel(q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, seq_lens_ptr, t
     _, total, acc0, acc1 = attend(
         lo, tl.cdiv(last_pos + 1, BLOCK_N), first_pos, last_pos, q0, q1, k_ptr + kv_head * k_step_h,
         v_ptr + kv_head * v_step_h, tables_ptr + seq.to(tl.int64) * table_step, k_step, v_step, context + token, window,
-        rate, cap, BLOCK_M, D0, D1, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW, False, STAGES,
+        rate, cap, BLOCK_M, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW, INLINE_ASM, False, STAGES,
     )  # fmt: skip
     factor = (v_scale / tl.where(is_row, total, 1.0))[:, None]
     out_offset = (row_begin + token) * out_step_t + head * out_step_h
-    store_rows(out_ptr, out_offset, is_row, acc0 * factor, acc1 * factor, D0, D1)
+    store_result(out_ptr, out_offset, is_row, acc0 * factor, acc1 * factor, W0, W1, DIM, KV)

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """Attention of sequences with few query rows: KV in splits of fixed size, and the reduction that merges them.
 
 Called by triton.py. A split is a range of positions that starts at a multiple of SPLIT, whatever the batch: partial
@@ -11,8 +10,10 @@ from headrace.kernels.paged_attention.triton_tile import (
     LOWEST,
     attend,
     first_split,
+    load_query,
     load_rows,
     load_scales,
+    store_result,
     store_rows,
 )
 
@@ -21,10 +22,11 @@ from headrace.kernels.paged_attention.triton_tile import (
 def split_kernel(q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, stats_ptr, cu_seqlens_ptr, seq_lens_ptr, tables_ptr,
                  k_scale_ptr, v_scale_ptr, rate, cap, window, q_step_t, q_step_h, k_step, k_step_h, v_step, v_step_h,
                  out_step_t, out_step_h, table_step, rows_per_seq, num_heads, num_splits,
-                 GROUP: tl.constexpr, BLOCK_M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, MIN_QUERIES: tl.constexpr,
+                 GROUP: tl.constexpr, BLOCK_M: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+                 DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr,
+                 MIN_QUERIES: tl.constexpr,
                  KV: tl.constexpr, DOT: tl.constexpr, HAS_SCALES: tl.constexpr, SOFT_CAP: tl.constexpr,
-                 WINDOW: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 WINDOW: tl.constexpr, INLINE_ASM: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Grid (num_seqs, num_kv_heads, Z): program z takes splits z, z + Z, ... of its sequence and KV head.
 
     For sequences with MIN_QUERIES .. BLOCK_M // GROUP query tokens. partial: float32 [num_seqs * rows_per_seq,
@@ -49,10 +51,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, stats_ptr, cu_seqlen
     head = kv_head * GROUP + rows % GROUP
     is_row = token < q_len
     q_offset = (row_begin + token) * q_step_t + head * q_step_h
-    q0 = load_rows(q_ptr, q_offset, is_row, 0, D0).to(DOT)
-    q1 = q0
-    if D1 > 0:
-        q1 = load_rows(q_ptr, q_offset, is_row, D0, D1).to(DOT)
+    q0, q1 = load_query(q_ptr, q_offset, is_row, W0, W1, DIM, KV, DOT)
     table = tables_ptr + seq.to(tl.int64) * table_step
     # Hoisting out of this loop, which often turns once, would keep both inner loops' addresses in registers at a time.
     for split in tl.range(split_lo + tl.program_id(2), split_hi, tl.num_programs(2), disable_licm=True):
@@ -62,24 +61,24 @@ def split_kernel(q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, stats_ptr, cu_seqlen
             lo = tl.maximum(lo, tl.maximum(context - window + 1, 0) // BLOCK_N)
         peak, total, acc0, acc1 = attend(
             lo, hi, context, seq_len - 1, q0, q1, k_ptr + kv_head * k_step_h, v_ptr + kv_head * v_step_h, table, k_step,
-            v_step, context + token, window, rate, cap, BLOCK_M, D0, D1, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW,
-            True, STAGES,
+            v_step, context + token, window, rate, cap, BLOCK_M, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP,
+            WINDOW, INLINE_ASM, True, STAGES,
         )  # fmt: skip
         if split_hi - split_lo == 1:
             factor = (v_scale / tl.where(is_row, total, 1.0))[:, None]
             out_offset = (row_begin + token) * out_step_t + head * out_step_h
-            store_rows(out_ptr, out_offset, is_row, acc0 * factor, acc1 * factor, D0, D1)
+            store_result(out_ptr, out_offset, is_row, acc0 * factor, acc1 * factor, W0, W1, DIM, KV)
         else:
             where = ((seq.to(tl.int64) * rows_per_seq + token) * num_heads + head) * num_splits + split - split_lo
-            store_rows(partial_ptr, where * (D0 + D1), is_row, acc0, acc1, D0, D1)
+            store_result(partial_ptr, where * DIM, is_row, acc0, acc1, W0, W1, DIM, KV)
             tl.store(stats_ptr + where * 2, peak, mask=is_row)
             tl.store(stats_ptr + where * 2 + 1, total, mask=is_row)
 
 
 @triton.jit
 def reduce_kernel(partial_ptr, stats_ptr, out_ptr, cu_seqlens_ptr, seq_lens_ptr, v_scale_ptr, window, out_step_t,
-                  out_step_h, rows_per_seq, num_heads, num_splits, GROUP: tl.constexpr, D0: tl.constexpr,
-                  D1: tl.constexpr, SPLIT: tl.constexpr, MAX_QUERIES: tl.constexpr, KV: tl.constexpr,
+                  out_step_h, rows_per_seq, num_heads, num_splits, GROUP: tl.constexpr, W: tl.constexpr,
+                  DIM: tl.constexpr, SPLIT: tl.constexpr, MAX_QUERIES: tl.constexpr, KV: tl.constexpr,
                   HAS_SCALES: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Grid (num_seqs, num_heads, Z): program z merges the splits of query tokens z, z + Z, ... of one head.
 
@@ -103,22 +102,17 @@ def reduce_kernel(partial_ptr, stats_ptr, out_ptr, cu_seqlens_ptr, seq_lens_ptr,
         row = ((seq.to(tl.int64) * rows_per_seq + token) * num_heads + head) * num_splits
         peak = tl.full([1], LOWEST, tl.float32)
         total = tl.zeros([1], tl.float32)
-        acc0 = tl.zeros([1, D0], tl.float32)
-        acc1 = 0.0
-        if D1 > 0:
-            acc1 = tl.zeros([1, D1], tl.float32)
+        acc = tl.zeros([1, W], tl.float32)
         for split in tl.range(first, last + 1, num_stages=STAGES):
             where = row + split + one
-            top = tl.maximum(peak, tl.load(stats_ptr + where * 2))
+            part_peak = tl.load(stats_ptr + where * 2)
+            part_total = tl.load(stats_ptr + where * 2 + 1)
+            part = load_rows(partial_ptr, where * DIM, is_row, 0, W, DIM)
+            top = tl.maximum(peak, part_peak)
             old = tl.math.exp2(peak - top)
-            new = tl.math.exp2(tl.load(stats_ptr + where * 2) - top)
-            total = tl.fma(total, old, tl.load(stats_ptr + where * 2 + 1) * new)
-            part0 = load_rows(partial_ptr, where * (D0 + D1), is_row, 0, D0)
-            acc0 = tl.fma(acc0, old[:, None], part0 * new[:, None])
-            if D1 > 0:
-                part1 = load_rows(partial_ptr, where * (D0 + D1), is_row, D0, D1)
-                acc1 = tl.fma(acc1, old[:, None], part1 * new[:, None])
+            new = tl.math.exp2(part_peak - top)
+            total = tl.fma(total, old, part_total * new)
+            acc = tl.fma(acc, old[:, None], part * new[:, None])
             peak = top
-        factor = (v_scale / total)[:, None]
         out_offset = (row_begin + token) * out_step_t + head * out_step_h + one
-        store_rows(out_ptr, out_offset, is_row, acc0 * factor, acc1 * factor, D0, D1)
+        store_rows(out_ptr, out_offset, is_row, acc * (v_scale / total)[:, None], 0, W, DIM)
