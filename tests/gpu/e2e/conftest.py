@@ -6,6 +6,7 @@ inherited): the path from gRPC to a Triton kernel. The model is the smallest tha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest_asyncio
 from tests.conftest import TinyModels
 from tests.server.conftest import _check_clean
 from tests.server.support import Bench, bench
+
+ENGINE = (sys.executable, str(Path(__file__).with_name("interpreted_engine.py")))
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +33,7 @@ def tiny_llama_dir(tiny_models: TinyModels) -> Path:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def _tiny(tiny_llama_gguf: Path) -> AsyncIterator[Bench]:
     settings = {"backend": "triton", "compute_dtype": "fp32", "block_size": 16, "max_num_seqs": 8}
-    async with bench(tiny_llama_gguf, num_blocks=129, **settings) as server:
+    async with bench(tiny_llama_gguf, ENGINE, num_blocks=129, **settings) as server:
         assert server.running.host.backend.startswith("triton-")
         yield server
 
