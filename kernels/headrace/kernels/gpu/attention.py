@@ -57,24 +57,24 @@ def validate_triton(use: AttentionUse) -> list[str]:
     reasons = []
     if use.block_size not in (16, 32, 64, 128):
         reasons.append(f"block size {use.block_size}: the kernels take 16, 32, 64 or 128")
-    for head_dim in use.head_dims:
-        if head_dim % 16 or not 32 <= head_dim <= 256:
-            reasons.append(f"head_dim {head_dim}: the kernels take multiples of 16 from 32 to 256")
+    reasons += [
+        f"head_dim {head_dim}: the kernels take multiples of 16 from 32 to 256"
+        for head_dim in use.head_dims
+        if head_dim % 16 or not 32 <= head_dim <= 256
+    ]
     return reasons
 
 
 def validate_flash(use: AttentionUse) -> list[str]:
     """Why flash-attn cannot do it, beginning with whether it is there."""
-    try:
-        reasons = list(importlib.import_module(f"{_PACKAGE}.flash").is_available())
-    except ImportError as error:
-        return [f"cannot be imported ({error})"]
+    flash = importlib.import_module(f"{_PACKAGE}.flash")
+    reasons = list(flash.is_available())
+    if not reasons:
+        reasons = flash.unsupported(head_dims=use.head_dims, block_size=use.block_size, arch=use.arch)
     if use.is_interpreted:
         reasons.append("kernels are interpreted on the CPU")
     if use.compute_dtype == "fp32" or use.kv_dtype not in ("fp16", "bf16"):
         reasons.append(f"keys and values in {use.kv_dtype}, activations in {use.compute_dtype}: it takes 16 bits alone")
-    if use.block_size % 16:
-        reasons.append(f"block size {use.block_size} is no multiple of 16")
     return reasons
 
 
