@@ -35,7 +35,7 @@ def all_cases() -> dict[str, Case]:
 
 
 def _cases() -> Iterator[Case]:
-    from tests.gpu.aot import cases_attention, cases_linear, cases_others
+    from tests.gpu.aot import cases_attention, cases_linear, cases_others, cases_sample
 
-    for module in (cases_attention, cases_linear, cases_others):
+    for module in (cases_attention, cases_linear, cases_others, cases_sample):
         yield from module.cases()

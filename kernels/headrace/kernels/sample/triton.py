@@ -15,7 +15,7 @@ from headrace.kernels.sample.triton_fields import CHUNK, NUM_PLANES
 from headrace.kernels.sample.triton_scan import finish_kernel, scan_kernel
 from headrace.kernels.sample.triton_select import select_kernel, top_kernel
 
-_BLOCK, _NUM_WARPS = 2048, 8  # of the kernels that go through a row alone
+_BLOCK, _NUM_WARPS = 2048, 16  # of the kernels that go through a row alone; 4096 spills on sm_100
 _ENTRIES = 256  # at a time
 
 
