@@ -17,6 +17,8 @@ from headrace.kernels.paged_attention.triton import paged_attention, workspace_b
 # output to 11 and 8 bits, may cost.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
+E4M3 = (torch.float8_e4m3fn, torch.uint8)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -160,10 +162,10 @@ def store(shape: Shape, values: torch.Tensor, factors: torch.Tensor) -> torch.Te
     scaled = values / factors[None, :, None]
     if shape.kv == torch.int8:
         return scaled.round().clamp(-127, 127).to(torch.int8)
-    if shape.kv is not None:
+    if shape.kv in E4M3:
         bits = scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
         return bits.view(torch.uint8) if shape.kv == torch.uint8 else bits
-    return values.to(shape.dtype)
+    return values.to(shape.kv or shape.dtype)
 
 
 def restore(shape: Shape, stored: torch.Tensor) -> torch.Tensor:
@@ -174,10 +176,10 @@ def _poisoned(shape: Shape, num_blocks: int) -> torch.Tensor:
     size = (num_blocks, shape.kv_heads, shape.block_size, shape.head_dim)
     if shape.kv == torch.int8:
         return torch.full(size, -128, dtype=torch.int8)
-    if shape.kv is not None:
+    if shape.kv in E4M3:
         bits = torch.full(size, 0x7F, dtype=torch.uint8)  # NaN
         return bits if shape.kv == torch.uint8 else bits.view(torch.float8_e4m3fn)
-    return torch.full(size, math.nan, dtype=shape.dtype)
+    return torch.full(size, math.nan, dtype=shape.kv or shape.dtype)
 
 
 def _int32(values: "np.ndarray | list[int]", device: str) -> torch.Tensor:

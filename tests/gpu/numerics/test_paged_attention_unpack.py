@@ -1,4 +1,4 @@
-"""8-bit keys and values by their 16-bit words: inline PTX and plain Triton over all 2^16 words. interpreter only for PTX.
+"""8-bit keys and values by their 16-bit words: inline PTX and plain Triton, over all 2^16 words.
 
 The PTX form runs where inline PTX does: on a GPU, and in our interpreter, which emulates it.
 """
