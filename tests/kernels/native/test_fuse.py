@@ -85,6 +85,10 @@ def test_every_rewrite_gives_the_same_bits(
     program = lower(given.model.program, given.forms)
     want = given.logits(program)
     assert np.isfinite(want).all()
+    for rewrite in REWRITES:
+        program = rewrite(program, given.forms)
+    assert any(isinstance(op, Norm) and op.selects_rows for op in program.ops)
+    np.testing.assert_array_equal(given.logits(program), want, err_msg="rows selected late")
     program = lower(select_rows_early(given.model.program), given.forms)
     np.testing.assert_array_equal(given.logits(program), want, err_msg="select_rows_early")
     for rewrite in REWRITES:
