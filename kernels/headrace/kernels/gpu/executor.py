@@ -208,6 +208,12 @@ class GpuExecutor:
         logits: F32 = self._runner.logits(shape).cpu().numpy().copy()
         return logits
 
+    def replay(self, num_seqs: int) -> None:
+        """Queue the captured decode step for so many sequences on what the device holds: its time is the kernels'."""
+        size = self._graphs.size_for(num_seqs)
+        assert size is not None, "no graph was captured"
+        self._graphs.replay(size)
+
     def poison(self, block: int) -> None:
         """Fill a KV block with NaN (8-bit ones with their largest), so that a test sees who reads what was freed."""
         for layer in self._runner.caches:

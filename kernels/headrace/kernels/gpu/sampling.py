@@ -27,7 +27,10 @@ class Sampler:
         self._words = torch.zeros(size, dtype=torch.int32, device=device)
         self.sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
         is_pinned = device.type == "cuda"
-        self._results = [torch.zeros(size, dtype=torch.int32, pin_memory=is_pinned) for _ in range(NUM_SLOTS)]
+        host = "meta" if device.type == "meta" else "cpu"
+        self._results = [
+            torch.zeros(size, dtype=torch.int32, device=host, pin_memory=is_pinned) for _ in range(NUM_SLOTS)
+        ]
         self._vocab_size = vocab_size
         self._workspace = self._make_workspace(max_rows, _USUAL_ENTRIES)
         self._packed: PackedSampling | None = None
