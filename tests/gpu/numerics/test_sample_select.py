@@ -99,23 +99,23 @@ def test_many_entries_in_one_row(device: str) -> None:
 
 @pytest.mark.parametrize("newest", [3, 17])  # among the outputs already, and not
 def test_a_token_that_is_still_on_the_device_counts_as_an_output(newest: int, device: str) -> None:
-    rng = np.random.default_rng(5)
-    logits = (rng.standard_normal((3, 30)) * 2).astype(F32)
-    penalised = RowSampling(
-        temperature=1.0,
-        repetition_penalty=1.4,
-        presence_penalty=1.0,
-        frequency_penalty=0.9,
-        output_ids=(3, 3, 8),
-        num_logprobs=2,
-    )
-    rows = [penalised, RowSampling(), replace(penalised, output_ids=())]
+    logits = np.zeros((5, 30), F32)
+    logits[:, 3], logits[:, 17], logits[:, 5] = 10.0, 9.9, 8.05
     previous = torch.tensor([5, 6, newest], dtype=torch.int32, device=device)
+    # One occurrence more and 5 is the best of what is left.
+    rows = [
+        RowSampling(frequency_penalty=1.0, output_ids=(3, 17), banned=(20 - newest,), num_logprobs=1),
+        RowSampling(repetition_penalty=1.3, logit_bias=((newest, 0.0),), banned=(20 - newest,)),
+        RowSampling(repetition_penalty=1.3, banned=(20 - newest,)),
+        RowSampling(presence_penalty=2.0, prompt_ids=(newest,), banned=(20 - newest,)),
+        RowSampling(banned=(20 - newest,)),  # without a penalty it does not matter
+    ]
+    got = run(logits, rows, device, pending=[2] * 5, previous=previous)
     known = [replace(row, output_ids=(*row.output_ids, newest)) for row in rows]
-    for position in range(20):
-        moved = [[replace(row, position=position) for row in some] for some in (rows, known)]
-        got = run(logits, moved[0], device, pending=[2, 2, 2], previous=previous)
-        assert [r.token_id for r in got] == [r.token_id for r in reference(logits, moved[1])]
+    want = [result.token_id for result in reference(logits, known)]
+    assert [result.token_id for result in got] == want == [5, 5, 5, 5, newest]
+    without = run(logits, rows, device, pending=[-1] * 5, previous=previous)
+    assert [result.token_id for result in without] == [newest] * 5
 
 
 def test_one_step_with_everything(device: str) -> None:
