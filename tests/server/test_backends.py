@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from headrace.kernels.gpu import device
+from headrace.kernels.gpu.device import Gpu, Probe
 from headrace.kernels.native import library
 from headrace.kernels.program import KvLayout, StepProgram
 from headrace.models.errors import ModelError
 from headrace.server import backends, frames
+from headrace.server.backends import Choice
 from headrace.server.cli import hardware
 from headrace.server.config import ServerConfig
 from headrace.server.engine_build import build_engine
@@ -138,3 +141,54 @@ def test_threads_are_those_that_can_run_at_once(
 def test_a_step_has_room_for_a_token_of_every_sequence(backend: str, wanted: int, budget: int) -> None:
     assert backends.token_budget(backend, wanted, 64) == budget
     assert backends.token_budget(backend, 0, 4096) >= 4096
+
+
+H100 = Gpu("NVIDIA H100", (9, 0), 80 << 30, 132, (13, 0))
+
+
+def found(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
+    """A machine on which the driver says this."""
+    monkeypatch.setattr(device, "probe", lambda: probe)
+
+
+def test_a_gpu_is_chosen_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found(monkeypatch, Probe(H100, "NVIDIA H100, sm_90"))
+    assert backends.choose() == backends.choose("triton") == Choice("triton", "NVIDIA H100, sm_90", False)
+    assert backends.choose("native").name == "native"
+    first, *rest = hardware.detect_backends(hardware.detect_machine())
+    assert (first.name, first.is_chosen, first.why) == ("triton-cuda", True, "NVIDIA H100, sm_90")
+    assert not any(backend.is_chosen for backend in rest)
+
+
+def test_a_gpu_that_cannot_be_used_is_an_error_and_no_silent_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found(monkeypatch, Probe(None, "a GTX 1080 has compute capability 6.1", is_broken=True))
+    for wanted in ("auto", "triton"):
+        with pytest.raises(ModelError, match=r"compute capability 6\.1"):
+            backends.choose(wanted)
+    with pytest.raises(ModelError, match="--backend native serves on the CPU"):
+        backends.choose()
+    assert backends.choose("native").name == "native"
+
+
+def test_without_a_gpu_triton_says_why_and_auto_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found(monkeypatch, Probe(None, "no NVIDIA driver"))
+    assert backends.choose().name == "native"
+    with pytest.raises(ModelError, match="triton back end cannot run: no NVIDIA driver"):
+        backends.choose("triton")
+
+
+def test_the_interpreter_is_taken_only_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found(monkeypatch, Probe(None, "interpreted", interprets=True))
+    assert backends.choose().name == "native"
+    assert backends.choose("triton") == Choice("triton", "interpreted", False)
+
+
+def test_fp8_keys_and_values_are_the_gpus_alone() -> None:
+    with pytest.raises(ModelError, match="not in fp8"):
+        backends.choose_kv_dtype("native", "fp8")
+
+
+def test_blocks_can_be_asked_for_by_tokens(tiny_llama_gguf: Path) -> None:
+    built = build_engine(load_frame(tiny_llama_gguf, kv_cache_tokens=100, backend="native"), lambda _: None)
+    assert built.engine.config.block_size == 16
+    assert built.engine.config.num_blocks == 7
