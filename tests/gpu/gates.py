@@ -71,7 +71,7 @@ def steps(*, quick: bool) -> Iterator[Step]:
         yield Step(
             f"interpreter {name}", ("-m", "pytest", "-q", str(path)), TRITON, interprets=True, weight=size // 100
         )
-        if path.parent.name != "interpreter" and "interpreter only" not in path.read_text():
+        if path.parent.name not in ("interpreter", "e2e") and "(interpreter only)" not in path.read_text():
             command = ("-m", "ttsem.sanitize", "pytest", "-q", "-rs", str(path))
             most = _QUICK_TTSEM if quick else 0
             yield Step(f"ttsem {name}", command, TTSEM, weight=size // 25, most=most)

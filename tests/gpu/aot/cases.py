@@ -18,7 +18,7 @@ class Case:
 
     call: launches on meta tensors. matrix: what its inner loop must multiply with: "float" (HMMA, HGMMA, tcgen05,
     MFMA), "int8" (IMMA and its like), or None. runs_on: targets for which the call is meant. is_quick: among those
-    of `make gpu-gates ARGS=--quick`. tile: for goals, how many times the main loop's unit is in one turn.
+    of `make gpu-gates ARGS=--quick`.
     """
 
     name: str
@@ -35,7 +35,7 @@ def all_cases() -> dict[str, Case]:
 
 
 def _cases() -> Iterator[Case]:
-    from tests.gpu.aot import cases_attention, cases_linear, cases_others, cases_sample
+    from tests.gpu.aot import cases_attention, cases_linear, cases_others, cases_sample, cases_tuned
 
-    for module in (cases_attention, cases_linear, cases_others, cases_sample):
+    for module in (cases_attention, cases_linear, cases_others, cases_sample, cases_tuned):
         yield from module.cases()

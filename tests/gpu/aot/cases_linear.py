@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from headrace.kernels.linear.config import LinearConfig
+from headrace.kernels.linear.epilogue import RopeKvEpilogue
 from headrace.kernels.linear.triton import QUANTIZED, linear
 
 from tests.gpu.aot.cases import Case
@@ -35,11 +36,12 @@ class Matrix:
     is_gated: bool = False
     has_residual: bool = False
     is_head: bool = False
+    model: ModelShape | None = None  # of q, k and v: their heads are turned and written where they are computed
 
 
 def matrices(model: ModelShape) -> tuple[Matrix, ...]:
     return (
-        Matrix("qkv", model.qkv, model.hidden, has_norm=True),
+        Matrix("qkv", model.qkv, model.hidden, has_norm=True, model=model),
         Matrix("output", model.hidden, model.heads * model.head_dim, has_residual=True),
         Matrix("gate-up", 2 * model.ffn, model.hidden, has_norm=True, is_gated=True),
         Matrix("down", model.hidden, model.ffn, has_residual=True),
@@ -64,9 +66,26 @@ def multiply(
         bias=meta(matrix.n, dtype=torch.float32) if bias else None,
         residual=out if matrix.has_residual else None,
         activation="silu" if matrix.is_gated else None,
+        rope_kv=None if matrix.model is None else epilogue(matrix.model, rows),
         x_scale=None if quantized is None else meta(*scale_shape, dtype=torch.float32),
         workspace=meta(1 << 30, dtype=torch.uint8),
         config=config,
+    )
+
+
+def epilogue(model: ModelShape, rows: int) -> RopeKvEpilogue:
+    caches = [meta(1001, model.kv_heads, 64, model.head_dim) for _ in "kv"]
+    norm = meta(model.head_dim, dtype=torch.float32) if model.has_qk_norm else None
+    return RopeKvEpilogue(
+        *caches,
+        positions=meta(rows, dtype=torch.int32),
+        slot_mapping=meta(rows, dtype=torch.int32),
+        head_dim=model.head_dim,
+        num_heads=model.heads,
+        inv_freq=meta(model.head_dim // 2, dtype=torch.float32),
+        q_norm=norm,
+        k_norm=norm,
+        eps=1e-6,
     )
 
 
@@ -77,8 +96,9 @@ def cases() -> Iterator[Case]:
             for matrix in matrices(model):
                 if matrix.is_head and kind in ("w8a8", "fp8", "fp8_block"):
                     continue  # the output head stays in int8 or 16 bits
-                for rows in ROWS if matrix.name in ("qkv", "gate-up", "down") else (16, 2048):
-                    is_quick = model is LLAMA_8B and matrix.name in ("gate-up", "down") and rows in (16, 2048)
+                is_full = model is LLAMA_8B and matrix.name in ("qkv", "gate-up", "down")
+                for rows in ROWS if is_full else (16, 2048):
+                    is_quick = model is LLAMA_8B and matrix.name in ("qkv", "gate-up", "down") and rows in (16, 2048)
                     is_quick = is_quick and kind in ("int4-g32z", "int4-g128", "int8-g32", "dense")
                     call = partial(multiply, matrix=matrix, kind=kind, rows=rows)
                     unit = "int8" if kind == "w8a8" else "float"

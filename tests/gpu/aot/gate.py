@@ -50,6 +50,10 @@ class Goal:
     instructions: int
     what: str
 
+    def is_for(self, item: CaseRow) -> bool:
+        row = item.row
+        return fnmatch(item.case, self.case) and (row.kernel, row.target) == (self.kernel, self.target)
+
 
 GOALS = (
     Goal("attention/decode/llama-3-8b", "split_kernel", "cuda:90", 280, "64 positions of decode, head_dim 128"),
@@ -135,8 +139,7 @@ def _row_problems(item: CaseRow, before: dict[str, int] | None) -> list[str]:
         loads = row.loop_loads or row.loads
         found += _unless_waived(item, "wide", f"{row.wide_share:.0%} of the bytes loaded come 16 at a time ({loads})")
     for goal in GOALS:
-        is_meant = fnmatch(item.case, goal.case) and row.kernel == goal.kernel and row.target == goal.target
-        if is_meant and row.loop > goal.instructions:
+        if goal.is_for(item) and row.loop > goal.instructions:
             text = f"{goal.what}: {row.loop} instructions, the goal is {goal.instructions}"
             found += _unless_waived(item, "goal", text)
     if before is None:

@@ -62,7 +62,7 @@ def weight(kind: str, n: int, k: int, *, is_gated: bool = False, dtype: torch.dt
         scales = meta(tiles, blocks, TILE, dtype=SCALE_WORDS[layout.groups])
         tensors = {"words": meta(tiles, blocks, TILE, layout.words, dtype=torch.int16), "scales": scales}
         if group.endswith("z"):
-            tensors["zeros"] = scales
+            tensors["zeros"] = torch.empty_like(scales)
         return PackedLinear(name, (n, k), rows, size, is_gated, dtype, tensors)  # type: ignore[arg-type]
     stored = {"dense": dtype, "w8a8": torch.int8}.get(name, torch.float8_e4m3fn)
     tensors = {"weight": meta(n, k, dtype=stored)}
