@@ -38,10 +38,13 @@ bool is_aligned(const void* p) { return (uintptr_t)p % kAlign == 0; }
 int check_matrix(const HrMatrix* m) {
   if (!m) return fail("matrix is null");
   if (m->rows <= 0 || m->cols <= 0) return fail("a matrix has rows and columns, not %d x %d", m->rows, m->cols);
-  if (m->kind < 0 || m->kind > 4) return fail("there is no weight kind %d", m->kind);
+  if (m->kind < 0 || m->kind >= kNumWeightKinds) return fail("there is no weight kind %d", m->kind);
   if (m->is_gated < 0 || m->is_gated > 1) return fail("is_gated is %d, not 0 or 1", m->is_gated);
   if (m->is_gated && m->rows % 2) return fail("%d rows cannot be halved into gate and up", m->rows);
-  if (is_quantized((WeightKind)m->kind)) {
+  if (is_super((WeightKind)m->kind)) {
+    if (m->cols % kSuper) return fail("%d columns are no multiple of %d", m->cols, kSuper);
+    if (m->scale_kind || m->has_zeros || m->scales_per_block) return fail("the scales of kind %d are fixed", m->kind);
+  } else if (is_quantized((WeightKind)m->kind)) {
     if (m->cols % kGroup) return fail("%d columns are no multiple of %d", m->cols, kGroup);
     if (m->scale_kind < 0 || m->scale_kind > 1) return fail("there is no scale kind %d", m->scale_kind);
     if (m->has_zeros < 0 || m->has_zeros > 1) return fail("has_zeros is %d, not 0 or 1", m->has_zeros);
@@ -54,14 +57,13 @@ int check_matrix(const HrMatrix* m) {
   return 0;
 }
 
-int check_data(const HrMatrix* m) {
-  if (check_matrix(m)) return -1;
-  if (!m->data) return fail("the matrix's data is null");
-  const PackedMatrix packed = packed_matrix(*m);
-  if (m->panel_bytes != packed.panel_bytes)
-    return fail("a panel has %lld bytes, not %lld", (long long)packed.panel_bytes, (long long)m->panel_bytes);
-  if (m->data_bytes < num_panels(packed) * packed.panel_bytes) return fail("the matrix's data is cut off");
-  if (!is_aligned(m->data)) return fail("the matrix's data is not aligned to %d bytes", (int)kAlign);
+int check_super_part(const HrMatrix& m, const HrMatrixPart& part) {
+  const bool has_mins = (WeightKind)m.kind != WeightKind::kSuper6;
+  if (!part.sub_scales) return fail("a part's sub-scales are null");
+  if (has_mins != (part.zeros != nullptr) || has_mins != (part.sub_mins != nullptr))
+    return fail("a part %s mins, the matrix %s", has_mins ? "lacks" : "has", has_mins ? "has them" : "has none");
+  const int group = kSuper / super_parts((WeightKind)m.kind);
+  if (part.group_size != group) return fail("a group is %d, not %d", group, part.group_size);
   return 0;
 }
 
@@ -70,6 +72,7 @@ int check_part(const HrMatrix& m, const HrMatrixPart& part) {
   if (!part.packed) return fail("a part's packed is null");
   if (!is_quantized((WeightKind)m.kind)) return 0;
   if (!part.scales) return fail("a part's scales are null");
+  if (is_super((WeightKind)m.kind)) return check_super_part(m, part);
   if (part.zeros && !m.has_zeros) return fail("a part has zeros, the matrix has none");
   const int group = part.group_size;
   if (group != 16 && (group <= 0 || group % kGroup)) return fail("a group is 16 or a multiple of 32, not %d", group);
@@ -98,6 +101,17 @@ int check_activations(const void* data, int64_t bytes, int64_t rows, int64_t wid
 }  // namespace
 
 namespace headrace {
+
+int check_data(const HrMatrix* m) {
+  if (check_matrix(m)) return -1;
+  if (!m->data) return fail("the matrix's data is null");
+  const PackedMatrix packed = packed_matrix(*m);
+  if (m->panel_bytes != packed.panel_bytes)
+    return fail("a panel has %lld bytes, not %lld", (long long)packed.panel_bytes, (long long)m->panel_bytes);
+  if (m->data_bytes < num_panels(packed) * packed.panel_bytes) return fail("the matrix's data is cut off");
+  if (!is_aligned(m->data)) return fail("the matrix's data is not aligned to %d bytes", (int)kAlign);
+  return 0;
+}
 
 const KernelTable* kernels_of(const char* isa) {
   const KernelTable* table = choose_kernels(isa);
@@ -153,7 +167,8 @@ int hr_pack_matrix(const HrMatrix* matrix, const HrMatrixPart* parts, int32_t nu
   for (int i = 0; i < num_parts; i++) {
     if (check_part(*matrix, parts[i])) return -1;
     const int group = is_quantized((WeightKind)matrix->kind) ? parts[i].group_size : kGroup;
-    own[i] = {parts[i].packed, parts[i].scales, parts[i].zeros, parts[i].rows, group};
+    own[i] = {parts[i].packed,           parts[i].scales, parts[i].zeros, (const uint8_t*)parts[i].sub_scales,
+              parts[i].sub_mins, parts[i].rows,   group};
     rows += parts[i].rows;
   }
   if (rows != matrix->rows) return fail("the parts have %lld rows, the matrix %d", (long long)rows, matrix->rows);
@@ -166,12 +181,15 @@ int hr_pack_matrix(const HrMatrix* matrix, const HrMatrixPart* parts, int32_t nu
   return 0;
 }
 
-int hr_unpack_matrix(const HrMatrix* matrix, void* packed, float* scales, float* zeros) {
+int hr_unpack_matrix(const HrMatrix* matrix, const HrUnpackedMatrix* to) {
   if (check_data(matrix)) return -1;
-  if (!packed) return fail("packed is null");
-  const bool is_quant = is_quantized((WeightKind)matrix->kind);
-  if (is_quant && (!scales || (matrix->has_zeros && !zeros))) return fail("scales or zeros are null");
-  unpack_matrix(packed_matrix(*matrix), packed, scales, zeros);
+  if (!to || !to->packed) return fail("packed is null");
+  const WeightKind kind = (WeightKind)matrix->kind;
+  const bool is_two_level = is_super(kind), has_mins = is_two_level && kind != WeightKind::kSuper6;
+  if (is_quantized(kind) && (!to->scales || ((matrix->has_zeros || has_mins) && !to->zeros)))
+    return fail("scales or zeros are null");
+  if (is_two_level && (!to->sub_scales || (has_mins && !to->sub_mins))) return fail("sub-scales or mins are null");
+  unpack_matrix(packed_matrix(*matrix), {to->packed, to->scales, to->zeros, (uint8_t*)to->sub_scales, to->sub_mins});
   return 0;
 }
 

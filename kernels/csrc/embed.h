@@ -45,13 +45,36 @@ inline void dequantize_block(const PackedMatrix& m, const uint8_t* block, int la
   }
 }
 
+// The same of a row of a super-block: d * scale and dmin * min are exact.
+inline void dequantize_super(const PackedMatrix& m, const uint8_t* super, int lane, float scale, float* out) {
+  alignas(64) float d[kLanes], dmin[kLanes];
+  store(d, load_f16((const uint16_t*)super));
+  store(dmin, load_f16((const uint16_t*)(super + 32)));
+  const bool is_signed = m.kind == WeightKind::kSuper6;
+  const int part_size = kSuper / super_parts(m.kind);
+  for (int k = 0; k < kSuper; k++) {
+    const uint8_t* block = super + kSuperBlocks + k / kGroup * super_block_bytes(m.kind);
+    const int q = super_weight(m.kind, block, lane, k % kGroup);
+    const int at = kLanes * (k / part_size) + lane;
+    if (is_signed) {
+      out[k] = d[lane] * (float)(int8_t)super[kSuperScales + at] * (float)(q - 32) * scale;
+    } else {
+      const float value = d[lane] * (float)super[kSuperScales + at] * (float)q;
+      out[k] = (value - dmin[lane] * (float)super[kSuperMins + at]) * scale;
+    }
+  }
+}
+
 inline void embed(const EmbedArgs& args, int begin, int end) {
   const PackedMatrix& m = *args.table;
   for (int row = begin; row < end; row++) {
     const int32_t id = args.token_ids[row];
     const uint8_t* panel = m.data + id / kLanes * m.panel_bytes;
     float* out = args.out + row * args.out_stride;
-    if (is_quantized(m.kind)) {
+    if (is_super(m.kind)) {
+      for (int64_t s = 0; s < m.cols / kSuper; s++)
+        dequantize_super(m, panel + s * super_bytes(m.kind), id % kLanes, args.scale, out + kSuper * s);
+    } else if (is_quantized(m.kind)) {
       for (int block = 0; block < m.cols / kGroup; block++)
         dequantize_block(m, panel + block * block_bytes(m), id % kLanes, args.scale, out + kGroup * block);
     } else {

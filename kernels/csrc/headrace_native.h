@@ -13,7 +13,7 @@
 #define HR_API extern "C"
 #endif
 
-#define HR_ABI_VERSION 1
+#define HR_ABI_VERSION 2
 
 HR_API int hr_abi_version(void);
 HR_API const char* hr_source_hash(void);         // of the sources that it was compiled from
@@ -167,8 +167,18 @@ typedef struct HrMatrixPart {
   const void* packed;
   const float* scales;
   const float* zeros;
+  const void* sub_scales;
+  const uint8_t* sub_mins;
   int32_t rows, group_size;
 } HrMatrixPart;
+
+typedef struct HrUnpackedMatrix {  // UnpackedMatrix of pack.h
+  void* packed;
+  float* scales;
+  float* zeros;
+  void* sub_scales;
+  uint8_t* sub_mins;
+} HrUnpackedMatrix;
 
 // Bytes of a packed matrix (data and the two sizes are not looked at), or -1 where there is no such matrix.
 HR_API int64_t hr_matrix_bytes(const HrMatrix* matrix);
@@ -176,8 +186,8 @@ HR_API int64_t hr_matrix_bytes(const HrMatrix* matrix);
 HR_API int hr_pack_matrix(const HrMatrix* matrix, const HrMatrixPart* parts, int32_t num_parts, uint8_t* out,
                           int64_t out_bytes);
 // The inverse, in groups of 32 / scales_per_block: packed as in HrMatrixPart for all rows; scales and zeros,
-// [rows][cols / group_size], null where there are none. 0, or negative.
-HR_API int hr_unpack_matrix(const HrMatrix* matrix, void* packed, float* scales, float* zeros);
+// [rows][cols / group_size], and what else a part of this kind has; null where there are none. 0, or negative.
+HR_API int hr_unpack_matrix(const HrMatrix* matrix, const HrUnpackedMatrix* to);
 
 // Bytes of `rows` x `width` activations quantised to `bits`, or -1 where there are no such.
 HR_API int64_t hr_activation_bytes(int64_t rows, int64_t width, int32_t bits);

@@ -14,7 +14,19 @@ constexpr int kGroup = 32;     // input features of a weight block, and of an ac
 constexpr int kColumns = 4;    // activation rows ("columns" of the product) that are interleaved
 constexpr size_t kAlign = 64;  // bytes; every buffer and panel starts on a cache line
 
-enum class WeightKind : int32_t { kInt4 = 0, kInt8 = 1, kF32 = 2, kF16 = 3, kBf16 = 4 };
+constexpr int kSuper = 256;    // input features of a super-block, which has scales of two levels
+
+enum class WeightKind : int32_t {
+  kInt4 = 0,
+  kInt8 = 1,
+  kF32 = 2,
+  kF16 = 3,
+  kBf16 = 4,
+  kSuper4 = 5,  // GGUF's Q4_K
+  kSuper5 = 6,  // Q5_K
+  kSuper6 = 7,  // Q6_K
+};
+constexpr int kNumWeightKinds = 8;
 enum class ScaleKind : int32_t { kF16 = 0, kF32 = 1 };
 
 // A packed matrix of `rows` x `cols` weights (rows = output features). Panels of 16 rows follow each other, rows that
@@ -27,6 +39,19 @@ enum class ScaleKind : int32_t { kF16 = 0, kF32 = 1 };
 //   scales_per_block is 1, or 2 where a group is 16 features. weight = scale * q + zero with zeros; without,
 //   weight = scale * (q - 8) for kInt4 and scale * q for kInt8.
 //
+//   kSuper4, kSuper5, kSuper6: super-blocks of 256 features, 2368, 2880 and 3392 B (4.6, 5.6 and 6.6 bits a weight):
+//     0    f16 d[16]       scale of the scales of each row
+//     32   f16 dmin[16]    scale of the mins; 0 for kSuper6
+//     64   u8 scale[8][16] of features 32 i ..; kSuper6: i8 scale[16][16] of features 16 i .., and nothing follows
+//     192  u8 min[8][16]
+//     320  8 blocks of 32 features:
+//            kSuper4, kSuper5: the low 4 bits of each q as for kInt4; then for kSuper5 64 B, of which bit g of byte
+//              4 r + j is the upper bit of feature 4 g + j of row r
+//            kSuper6: 2 x 3 x 64 B: byte 4 r + j of vector i of half p (i < 3, p < 2) holds feature 16 p + 4 i + j in
+//              its lower 6 bits, and above them bits 2 i and 2 i + 1 of feature 16 p + 12 + j
+//   weight = d * scale * q - dmin * min, q in 0..15 or 0..31; kSuper6: d * scale * (q - 32), q in 0..63.
+//   scales_per_block, has_zeros and scale_kind are 0.
+//
 //   kF32, kF16, kBf16: feature by feature, 16 rows each ([cols][16]); no scales.
 //
 // A gated matrix (`is_gated`) holds gate above up, `rows` / 2 each, and interleaves their rows 32 and 32, so that 4
@@ -36,7 +61,7 @@ struct PackedMatrix {
   WeightKind kind;
   ScaleKind scale_kind;
   int32_t rows;  // logical
-  int32_t cols;  // multiple of 32 for the quantised kinds
+  int32_t cols;  // multiple of 32 for the quantised kinds, of 256 for those with super-blocks
   int32_t scales_per_block;
   int32_t has_zeros;
   int32_t is_gated;
@@ -45,9 +70,31 @@ struct PackedMatrix {
 
 // Functions here are static: every isa_*.cpp includes them, and the linker must not keep a copy that was compiled for
 // another instruction set.
-static inline bool is_quantized(WeightKind kind) { return kind == WeightKind::kInt4 || kind == WeightKind::kInt8; }
+static inline bool is_super(WeightKind kind) { return kind >= WeightKind::kSuper4; }
+static inline bool is_quantized(WeightKind kind) {
+  return kind == WeightKind::kInt4 || kind == WeightKind::kInt8 || is_super(kind);
+}
 
-// Bytes of the integers of a block of a quantised kind; scales and zeros follow them.
+// Of the kinds with super-blocks: bits of a weight, the parts of a super-block that have a scale of their own, bytes
+// before the first block, of a block, and of a super-block.
+constexpr int super_bits(WeightKind kind) { return (int)kind - (int)WeightKind::kSuper4 + 4; }
+constexpr int super_parts(WeightKind kind) { return kind == WeightKind::kSuper6 ? 16 : 8; }
+constexpr int kSuperScales = 64, kSuperMins = 192, kSuperBlocks = 320;  // offsets
+constexpr int super_block_bytes(WeightKind kind) { return 256 + 64 * (super_bits(kind) - 4); }
+constexpr int super_bytes(WeightKind kind) { return kSuperBlocks + kSuper / kGroup * super_block_bytes(kind); }
+
+// The integer of feature k of row `lane` in a block of 32, 0 and up.
+static inline int super_weight(WeightKind kind, const uint8_t* block, int lane, int k) {
+  const int within = 4 * lane + k % 4, g = k / 4;
+  if (kind == WeightKind::kSuper6) {
+    const uint8_t* three = block + g / 4 * 192 + within;
+    return g % 4 < 3 ? three[64 * (g % 4)] & 63 : three[0] >> 6 | three[64] >> 6 << 2 | three[128] >> 6 << 4;
+  }
+  const int low = block[64 * (g % 4) + within] >> g / 4 * 4 & 15;
+  return kind == WeightKind::kSuper4 ? low : low | (block[256 + within] >> g & 1) << 4;
+}
+
+// Bytes of the integers of a block of kInt4 or kInt8; scales and zeros follow them.
 static inline int64_t quant_bytes(WeightKind kind) { return kind == WeightKind::kInt4 ? 256 : 512; }
 
 static inline int64_t block_bytes(const PackedMatrix& m) {
@@ -57,6 +104,7 @@ static inline int64_t block_bytes(const PackedMatrix& m) {
 
 // What `panel_bytes` must be.
 static inline int64_t panel_bytes_of(const PackedMatrix& m) {
+  if (is_super(m.kind)) return (int64_t)(m.cols / kSuper) * super_bytes(m.kind);
   if (is_quantized(m.kind)) return m.cols / kGroup * block_bytes(m);
   return (int64_t)m.cols * kLanes * (m.kind == WeightKind::kF32 ? 4 : 2);
 }

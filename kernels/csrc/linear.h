@@ -1,8 +1,10 @@
 // Linear layers: the matrix products of the step with what follows each of them (bias, residual, gate, quantisation).
-// The executor calls `linear` through the kernel table. Products: linear_tile.h (quantised), linear_dense.h.
+// The executor calls `linear` through the kernel table. Products: linear_tile.h (quantised),
+// linear_super.h (quantised, with scales of two levels), linear_dense.h.
 #pragma once
 
 #include "linear_dense.h"
+#include "linear_super.h"
 #include "linear_tile.h"
 #include "vector_math.h"
 
@@ -14,7 +16,9 @@ constexpr int kRowsAtOnce = 64;
 
 inline void multiply(const LinearArgs& args, int64_t panel, int first, int num_rows, float* sums) {
   const PackedMatrix& m = *args.weight;
-  if (is_quantized(m.kind)) {
+  if (is_super(m.kind)) {
+    multiply_super_panel(m, panel, *args.activations, first, num_rows, sums);
+  } else if (is_quantized(m.kind)) {
     multiply_panel(m, panel, *args.activations, first, num_rows, sums);
   } else {
     multiply_dense_panel(m, panel, args.x + first * args.x_stride, args.x_stride, num_rows, sums);

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "pack_super.h"
 #include "simd.h"  // for the conversions of float16 alone
 
 namespace headrace {
@@ -88,6 +89,7 @@ void pack_nothing(const PackedMatrix& m, int lane, uint8_t* panel) {
     for (size_t k = 0; k < (size_t)m.cols; k++) std::memset(panel + (kLanes * k + (size_t)lane) * size, 0, size);
     return;
   }
+  if (is_super(m.kind)) return pack_super_padding(m, lane, panel);
   const int features = m.kind == WeightKind::kInt4 ? 16 : kGroup;
   for (int64_t b = 0; b < m.cols / kGroup; b++) {
     uint8_t* block = panel + b * block_bytes(m);
@@ -111,7 +113,9 @@ void pack_panels(const PackedMatrix& m, const MatrixPart* parts, int num_parts, 
       }
       int part = 0;
       while (part + 1 < num_parts && row >= parts[part].rows) row -= parts[part++].rows;
-      if (is_quantized(m.kind)) {
+      if (is_super(m.kind)) {
+        pack_super_row(m, parts[part], row, lane, to);
+      } else if (is_quantized(m.kind)) {
         pack_row(m, parts[part], row, lane, to);
       } else {
         pack_dense_row(m, parts[part], row, lane, to);
@@ -147,18 +151,22 @@ void unpack_row(const PackedMatrix& m, const uint8_t* panel, int lane, int64_t r
 
 }  // namespace
 
-void unpack_matrix(const PackedMatrix& m, void* packed, float* scales, float* zeros) {
+void unpack_matrix(const PackedMatrix& m, const UnpackedMatrix& out) {
   for (int64_t panel = 0; panel < num_panels(m); panel++) {
     const uint8_t* from = m.data + panel * m.panel_bytes;
     for (int lane = 0; lane < kLanes; lane++) {
       const int64_t row = row_of(m, panel, lane);
       if (row < 0) continue;
+      if (is_super(m.kind)) {
+        unpack_super_row(m, from, lane, row, out);
+        continue;
+      }
       if (is_quantized(m.kind)) {
-        unpack_row(m, from, lane, row, (uint8_t*)packed, scales, zeros);
+        unpack_row(m, from, lane, row, (uint8_t*)out.packed, out.scales, out.zeros);
         continue;
       }
       const size_t size = m.kind == WeightKind::kF32 ? 4 : 2;
-      uint8_t* to = (uint8_t*)packed + (size_t)row * (size_t)m.cols * size;
+      uint8_t* to = (uint8_t*)out.packed + (size_t)row * (size_t)m.cols * size;
       for (size_t k = 0; k < (size_t)m.cols; k++)
         std::memcpy(to + k * size, from + (kLanes * k + (size_t)lane) * size, size);
     }

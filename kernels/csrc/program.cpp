@@ -4,7 +4,9 @@
 #include <sys/mman.h>
 
 #include <cstring>
+#include <string>
 
+#include "abi_linear.h"
 #include "error.h"
 #include "kv.h"
 #include "program_ops.h"
@@ -44,27 +46,13 @@ int check_limits(const HrExecutorConfig& c) {
 }
 
 int add_matrix(const HrMatrix& m, int index, Program& program) {
-  if (!is_between(m.kind, 0, 4) || !is_between(m.scale_kind, 0, 1)) return fail("matrix %d: unknown kind", index);
-  PackedMatrix packed = {(const uint8_t*)m.data,
-                         (WeightKind)m.kind,
-                         (ScaleKind)m.scale_kind,
-                         m.rows,
-                         m.cols,
-                         m.scales_per_block,
-                         m.has_zeros,
-                         m.is_gated,
-                         m.panel_bytes};
-  if (!is_between(m.rows, 1, kMostWidth) || !is_between(m.cols, 1, kMostWidth))
+  if (check_data(&m)) {
+    const std::string sentence = hr_last_error();
+    return fail("matrix %d: %s", index, sentence.c_str());
+  }
+  if (m.rows > kMostWidth || m.cols > kMostWidth)
     return fail("matrix %d: %d x %d is out of range", index, m.rows, m.cols);
-  if (is_quantized(packed.kind) && (m.cols % kGroup || !is_between(m.scales_per_block, 1, 2)))
-    return fail("matrix %d: %d columns in blocks with %d scales", index, m.cols, m.scales_per_block);
-  if (m.is_gated && m.rows % 2) return fail("matrix %d: gate and up differ in rows", index);
-  if (!m.data || (uintptr_t)m.data % kAlign) return fail("matrix %d: not on a cache line", index);
-  if (m.panel_bytes != panel_bytes_of(packed))
-    return fail("matrix %d: panels of %ld bytes", index, (long)m.panel_bytes);
-  if (m.data_bytes < product(num_panels(packed), m.panel_bytes))
-    return fail("matrix %d: %ld bytes are too few", index, (long)m.data_bytes);
-  program.matrices.push_back(packed);
+  program.matrices.push_back(packed_matrix(m));
   return 0;
 }
 

@@ -4,8 +4,21 @@
 namespace headrace::selftest {
 namespace {
 
+void fill_super(Random& random, const PackedMatrix& m, uint8_t* data) {
+  for (int64_t i = 0; i < num_panels(m) * (m.cols / kSuper); i++, data += super_bytes(m.kind)) {
+    for (int at = 0; at < super_bytes(m.kind); at++) data[at] = (uint8_t)random.next();
+    for (int lane = 0; lane < 2 * kLanes; lane++) {
+      const uint16_t half = random.half(false);
+      std::memcpy(data + 2 * lane, &half, 2);
+    }
+    // 6 bits where the file has so many.
+    for (int at = kSuperScales; m.kind != WeightKind::kSuper6 && at < kSuperBlocks; at++) data[at] &= 63;
+  }
+}
+
 // Random integers and scales; layout.h says what lies where.
 void fill(Random& random, const PackedMatrix& m, uint8_t* data) {
+  if (is_super(m.kind)) return fill_super(random, m, data);
   const bool is_f32 = is_quantized(m.kind) ? m.scale_kind == ScaleKind::kF32 : m.kind == WeightKind::kF32;
   const int64_t numbers = is_quantized(m.kind) ? block_bytes(m) - quant_bytes(m.kind) : m.panel_bytes;
   const int64_t num_parts = is_quantized(m.kind) ? num_panels(m) * (m.cols / kGroup) : num_panels(m);
@@ -27,7 +40,7 @@ PackedMatrix shape(WeightKind kind, ScaleKind scale_kind, int scales, bool has_z
   m.kind = kind;
   m.scale_kind = scale_kind;
   m.rows = is_gated ? 2 * 80 : 72;  // padded
-  m.cols = 96;
+  m.cols = is_super(kind) ? 768 : 96;
   m.scales_per_block = scales;
   m.has_zeros = has_zeros;
   m.is_gated = is_gated;
@@ -106,6 +119,8 @@ void test_matrix(Random& random, PackedMatrix m) {
 void test_linear(Random& random) {
   for (const bool is_gated : {false, true}) {
     for (const WeightKind kind : {WeightKind::kF32, WeightKind::kF16, WeightKind::kBf16})
+      test_matrix(random, shape(kind, ScaleKind::kF16, 0, false, is_gated));
+    for (const WeightKind kind : {WeightKind::kSuper4, WeightKind::kSuper5, WeightKind::kSuper6})
       test_matrix(random, shape(kind, ScaleKind::kF16, 0, false, is_gated));
     for (const WeightKind kind : {WeightKind::kInt4, WeightKind::kInt8})
       for (const ScaleKind scale_kind : {ScaleKind::kF16, ScaleKind::kF32})

@@ -2,6 +2,7 @@
 
 Loaders (`headrace.models`) produce `QuantTensor`; executors consume it. GGUF's block types, GPTQ and AWQ all map onto
 the two affine kinds here without rounding: `weight = scale * q + zero`, with one scale (and zero) per row and group.
+GGUF's K types store these scales and zeros as small integers times a float16; `TwoLevel` keeps that form beside them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,24 @@ import numpy.typing as npt
 QuantKind = Literal["int4", "int8"]
 
 
+SUPER = 256  # features that share a float16 scale in GGUF's K types
+
+
+@dataclass(frozen=True, eq=False)
+class TwoLevel:
+    """Scales and zeros of a QuantTensor as integers and what these are multiplied by, exactly:
+    scales = d * sub_scales and zeros = -(dmin * sub_mins), d and dmin one per row and SUPER features.
+
+    d, dmin: float16 [rows, cols / SUPER]. sub_scales: uint8 in 0..63 beside mins, else int8, [rows, cols / group_size].
+    sub_mins: uint8 in 0..63, of the same shape. dmin and sub_mins are None where the tensor has no zeros.
+    """
+
+    d: npt.NDArray[np.float16]
+    dmin: npt.NDArray[np.float16] | None
+    sub_scales: npt.NDArray[np.uint8] | npt.NDArray[np.int8]
+    sub_mins: npt.NDArray[np.uint8] | None
+
+
 @dataclass(frozen=True, eq=False)
 class QuantTensor:
     """A matrix of `rows` x `cols` weights in groups of `group_size` along a row.
@@ -23,6 +42,8 @@ class QuantTensor:
             int8: int8 [rows, cols], q in -128..127.
     scales: float32 [rows, cols / group_size].
     zeros:  float32 of the same shape, added after scaling, or None for symmetric weights.
+    two_level: the same scales and zeros as they were stored, for Q4_K (int4, groups of 32), Q5_K (int8 in 0..31, groups
+            of 32) and Q6_K (int8 in -32..31, groups of 16, no zeros); else None.
     """
 
     kind: QuantKind
@@ -30,6 +51,7 @@ class QuantTensor:
     scales: npt.NDArray[np.float32]
     zeros: npt.NDArray[np.float32] | None
     group_size: int
+    two_level: TwoLevel | None = None
 
     def __post_init__(self) -> None:
         rows, cols = self.shape
@@ -37,6 +59,11 @@ class QuantTensor:
         assert cols % self.group_size == 0, (cols, self.group_size)
         assert self.scales.shape == groups, (self.scales.shape, groups)
         assert self.zeros is None or self.zeros.shape == groups
+        if self.two_level is not None:
+            two = self.two_level
+            assert cols % SUPER == 0 and two.d.shape == (rows, cols // SUPER), (cols, two.d.shape)
+            assert two.sub_scales.shape == groups and two.sub_scales.itemsize == 1
+            assert (two.dmin is None) == (two.sub_mins is None) == (self.zeros is None)
 
     @property
     def shape(self) -> tuple[int, int]:

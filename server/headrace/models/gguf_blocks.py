@@ -10,13 +10,13 @@ we compute scale * q - 8 * scale, which is +0.0. A sum never tells the two apart
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from headrace.kernels.quant import QuantKind, QuantTensor, pack_int4
+from headrace.kernels.quant import SUPER, QuantKind, QuantTensor, TwoLevel, pack_int4
 
 Blocks = npt.NDArray[np.void]  # structured, one element per block
 U8 = npt.NDArray[np.uint8]
@@ -28,11 +28,14 @@ _CHUNK_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class Unpacked:
-    """Some blocks in `QuantTensor`'s terms: packed [n, block], scales [n, groups], zeros likewise or None."""
+    """Some blocks in `QuantTensor`'s terms: packed [n, block], scales [n, groups], zeros likewise or None; of a block
+    with scales of two levels also these integers, [n, groups]."""
 
     packed: U8 | npt.NDArray[np.int8]
     scales: F32
     zeros: F32 | None = None
+    sub_scales: U8 | npt.NDArray[np.int8] | None = None
+    sub_mins: U8 | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def _q3_k(b: Blocks) -> Unpacked:
 def _q4_k(b: Blocks) -> Unpacked:
     scales, mins = _scales_and_mins(b["scales"])
     packed = _repack_nibbles(b["qs"].reshape(-1, 4, 32)).reshape(-1, 128)
-    return Unpacked(packed, _f32(b["d"])[:, None] * scales, -(_f32(b["dmin"])[:, None] * mins))
+    return Unpacked(packed, _f32(b["d"])[:, None] * scales, -(_f32(b["dmin"])[:, None] * mins), scales, mins)
 
 
 def _q5_k(b: Blocks) -> Unpacked:
@@ -140,14 +143,14 @@ def _q5_k(b: Blocks) -> Unpacked:
     low = _bits(b["qs"].reshape(-1, 4, 32), 4).reshape(-1, 256)
     high = _bits(b["qh"], 1).reshape(-1, 256)
     q = (low | (high << np.uint8(4))).view(np.int8)
-    return Unpacked(q, _f32(b["d"])[:, None] * scales, -(_f32(b["dmin"])[:, None] * mins))
+    return Unpacked(q, _f32(b["d"])[:, None] * scales, -(_f32(b["dmin"])[:, None] * mins), scales, mins)
 
 
 def _q6_k(b: Blocks) -> Unpacked:
     low = _bits(b["ql"].reshape(-1, 2, 64), 4).reshape(-1, 256)
     high = _bits(b["qh"].reshape(-1, 2, 32), 2).reshape(-1, 256)
     q = (low | (high << np.uint8(4))).view(np.int8) - np.int8(32)
-    return Unpacked(q, _f32(b["d"])[:, None] * b["scales"])
+    return Unpacked(q, _f32(b["d"])[:, None] * b["scales"], sub_scales=b["scales"])
 
 
 def _layout(*fields: tuple[str, str] | tuple[str, str, int]) -> np.dtype[np.void]:
@@ -228,23 +231,36 @@ def decode_blocks(raw: U8, type_name: str, rows: int, cols: int) -> QuantTensor 
     """
     block_type = BLOCK_TYPES[type_name]
     blocks: Blocks = raw.view(block_type.layout)
-    per_block = block_type.block_size // block_type.group_size
-    width = block_type.block_size // 2 if block_type.kind == "int4" else block_type.block_size
-    packed: U8 | npt.NDArray[np.int8]
-    packed = np.empty((len(blocks), width), np.uint8 if block_type.kind == "int4" else np.int8)
-    scales = np.empty((len(blocks), per_block), np.float32)
-    zeros: F32 | None = None
+    out = _empty(block_type, len(blocks))
     step = max(1, _CHUNK_BYTES // block_type.layout.itemsize)
     with np.errstate(invalid="ignore"):  # 0 * inf, answered below
         for start in range(0, len(blocks), step):
             part = block_type.unpack(blocks[start : start + step])
-            packed[start : start + step] = part.packed
-            scales[start : start + step] = part.scales
-            if part.zeros is not None:
-                zeros = np.empty_like(scales) if zeros is None else zeros
-                zeros[start : start + step] = part.zeros
-    if not np.isfinite(scales).all() or not (zeros is None or np.isfinite(zeros).all()):
+            for field in fields(Unpacked):
+                to, values = getattr(out, field.name), getattr(part, field.name)
+                if to is not None:
+                    to[start : start + step] = values
+    if not np.isfinite(out.scales).all() or not (out.zeros is None or np.isfinite(out.zeros).all()):
         return None
     groups = (rows, cols // block_type.group_size)
-    zeros = None if zeros is None else zeros.reshape(groups)
-    return QuantTensor(block_type.kind, packed.reshape(rows, -1), scales.reshape(groups), zeros, block_type.group_size)
+    zeros = None if out.zeros is None else out.zeros.reshape(groups)
+    two_level = None
+    if out.sub_scales is not None:
+        supers = (rows, cols // SUPER)
+        two_level = TwoLevel(
+            np.ascontiguousarray(blocks["d"]).reshape(supers),
+            None if out.sub_mins is None else np.ascontiguousarray(blocks["dmin"]).reshape(supers),
+            out.sub_scales.reshape(groups),
+            None if out.sub_mins is None else out.sub_mins.reshape(groups),
+        )
+    packed = out.packed.reshape(rows, -1)
+    return QuantTensor(block_type.kind, packed, out.scales.reshape(groups), zeros, block_type.group_size, two_level)
+
+
+def _empty(block_type: BlockType, count: int) -> Unpacked:
+    """Room for `count` blocks: the arrays that unpacking one gives."""
+    one = block_type.unpack(np.zeros(1, block_type.layout))
+    arrays = {field.name: getattr(one, field.name) for field in fields(Unpacked)}
+    return Unpacked(
+        **{name: None if array is None else np.empty((count, array.shape[1]), array.dtype) for name, array in arrays.items()}
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from headrace.kernels.native.build import COMPILER_HINT, CSRC, LIBRARY, is_checkout, source_hash
 
-ABI_VERSION = 1  # HR_ABI_VERSION of kernels/csrc/headrace_native.h
+ABI_VERSION = 2  # HR_ABI_VERSION of kernels/csrc/headrace_native.h
 LIBRARY_VARIABLE = "HEADRACE_NATIVE_LIBRARY"  # another library than the built one: a sanitizer build
 ISA_VARIABLE = "HEADRACE_NATIVE_ISA"  # forces one table of kernels; read by the library
 

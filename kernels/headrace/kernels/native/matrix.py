@@ -4,7 +4,8 @@ Called by the native executor's loader: `plan_matrix` says what a packed matrix 
 Several matrices with the same number of columns become one, rows below rows (q, k, v), or gate and up interleaved.
 
 Quantised weights stay as they are where groups are 16 features or a multiple of 32 and there is a multiple of 32
-columns; all others are dequantised to dense ones. Scales and zeros are kept as float16 where that is exact, or rounds
+columns; all others are dequantised to dense ones. Those with scales of two levels (GGUF's Q4_K, Q5_K, Q6_K) keep the
+bits that the file has, unless they are joined with others. Scales and zeros are kept as float16 where that is exact, or rounds
 each one, a normal number of float16, by no more than 2^-11 of itself; and as float32 where it would not. Dense weights
 are kept as bfloat16 or float16 where that is exact, else as float32.
 """
@@ -20,14 +21,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from headrace.kernels.native import library
-from headrace.kernels.quant import Array, QuantTensor, Weight
+from headrace.kernels.quant import SUPER, Array, QuantKind, QuantTensor, TwoLevel, Weight
 
-MatrixKind = Literal["int4", "int8", "f32", "f16", "bf16"]
+MatrixKind = Literal["int4", "int8", "f32", "f16", "bf16", "super4", "super5", "super6"]
 ScaleKind = Literal["f16", "f32"]
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 
-KINDS: tuple[MatrixKind, ...] = ("int4", "int8", "f32", "f16", "bf16")  # WeightKind of csrc/layout.h
+# WeightKind of csrc/layout.h
+KINDS: tuple[MatrixKind, ...] = ("int4", "int8", "f32", "f16", "bf16", "super4", "super5", "super6")
 SCALE_KINDS: tuple[ScaleKind, ...] = ("f16", "f32")  # ScaleKind
 ALIGNMENT = 64  # bytes; kAlign
 GROUP = 32  # kGroup: features of a block
@@ -61,14 +63,27 @@ class _PartStruct(ctypes.Structure):
         ("packed", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
+        ("sub_scales", ctypes.c_void_p),
+        ("sub_mins", ctypes.c_void_p),
         ("rows", ctypes.c_int32),
         ("group_size", ctypes.c_int32),
     )
 
 
+class _UnpackedStruct(ctypes.Structure):
+    """HrUnpackedMatrix of headrace_native.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("packed", "scales", "zeros", "sub_scales", "sub_mins")
+    )
+
+
 @dataclass(frozen=True)
 class MatrixSpec:
-    """What a packed matrix is, but for its bytes. scales_per_block is 0 for the dense kinds."""
+    """What a packed matrix is, but for its bytes.
+
+    scale_kind, scales_per_block and has_zeros are those of int4 and int8; "f32", 0 and False for all others.
+    """
 
     kind: MatrixKind
     rows: int
@@ -81,7 +96,12 @@ class MatrixSpec:
     @property
     def is_quantized(self) -> bool:
         """Whether products with it want quantised activations."""
-        return self.kind in ("int4", "int8")
+        return self.kind in ("int4", "int8") or self.is_two_level
+
+    @property
+    def is_two_level(self) -> bool:
+        """Whether scales are integers, with a float16 for 256 features."""
+        return self.kind in ("super4", "super5", "super6")
 
     @property
     def num_panels(self) -> int:
@@ -107,7 +127,7 @@ class MatrixSpec:
             0,
             0,
             KINDS.index(self.kind),
-            SCALE_KINDS.index(self.scale_kind),
+            0 if self.is_two_level else SCALE_KINDS.index(self.scale_kind),
             self.rows,
             self.cols,
             self.scales_per_block,
@@ -151,6 +171,9 @@ def plan_matrix(weights: Sequence[Weight], *, is_gated: bool = False) -> MatrixS
     if kinds == {"dense"}:
         return MatrixSpec(_dense_kind([_dense(weight) for weight in weights]), rows, cols, is_gated=is_gated)
     tensors = [weight for weight in weights if isinstance(weight, QuantTensor)]
+    two_level = {_two_level_kind(tensor) for tensor in tensors}
+    if len(two_level) == 1 and None not in two_level:
+        return MatrixSpec(two_level.pop() or "super4", rows, cols, is_gated=is_gated)
     groups = {tensor.group_size for tensor in tensors}
     numbers = [tensor.scales for tensor in tensors] + [tensor.zeros for tensor in tensors if tensor.zeros is not None]
     return MatrixSpec(
@@ -192,28 +215,51 @@ def unpack_matrix(matrix: PackedMatrix) -> Weight:
     """
     spec = matrix.spec
     rows, cols = spec.rows, spec.cols
-    struct = matrix.struct()
     if not spec.is_quantized:
         dtype = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}[spec.kind]
         dense: Array = np.empty((rows, cols), dtype)
-        _check(_library().hr_unpack_matrix(ctypes.byref(struct), _address(dense), None, None))
+        _unpack(matrix, dense)
         if spec.kind == "bf16":
             widened: F32 = (dense.astype(np.uint32) << np.uint32(16)).view(np.float32)
             return widened
         return dense
+    if spec.is_two_level:
+        return _unpack_two_level(matrix)
     group = GROUP // spec.scales_per_block
     packed: npt.NDArray[np.uint8] | npt.NDArray[np.int8]
     packed = np.empty((rows, cols // 2), np.uint8) if spec.kind == "int4" else np.empty((rows, cols), np.int8)
     scales = np.empty((rows, cols // group), np.float32)
     zeros = np.empty_like(scales) if spec.has_zeros else None
-    _check(
-        _library().hr_unpack_matrix(
-            ctypes.byref(struct), _address(packed), _address(scales), None if zeros is None else _address(zeros)
-        )
-    )
+    _unpack(matrix, packed, scales, zeros)
     if zeros is None and spec.kind == "int4":
         zeros = scales * np.float32(-8)  # QuantTensor's int4 is 0..15
     return QuantTensor("int4" if spec.kind == "int4" else "int8", packed, scales, zeros, group)
+
+
+def _unpack_two_level(matrix: PackedMatrix) -> QuantTensor:
+    rows, cols, is_signed = matrix.spec.rows, matrix.spec.cols, matrix.spec.kind == "super6"
+    kind: QuantKind = "int4" if matrix.spec.kind == "super4" else "int8"
+    packed: npt.NDArray[np.uint8] | npt.NDArray[np.int8]
+    packed = np.empty((rows, cols // 2), np.uint8) if kind == "int4" else np.empty((rows, cols), np.int8)
+    group = 16 if is_signed else 32
+    d = np.empty((rows, cols // SUPER), np.float32)
+    dmin = None if is_signed else np.empty_like(d)
+    sub_scales = np.empty((rows, cols // group), np.int8 if is_signed else np.uint8)
+    sub_mins = None if is_signed else np.empty((rows, cols // group), np.uint8)
+    _unpack(matrix, packed, d, dmin, sub_scales, sub_mins)
+    per_super = SUPER // group
+    scales = np.repeat(d, per_super, axis=1) * sub_scales
+    zeros = None if dmin is None or sub_mins is None else -(np.repeat(dmin, per_super, axis=1) * sub_mins)
+    dmin16 = None if dmin is None else dmin.astype(np.float16)
+    return QuantTensor(
+        kind, packed, scales, zeros, group, TwoLevel(d.astype(np.float16), dmin16, sub_scales, sub_mins)
+    )
+
+
+def _unpack(matrix: PackedMatrix, *arrays: Array | None) -> None:
+    """Fill the arrays of HrUnpackedMatrix, in its order; None where there is nothing."""
+    to = _UnpackedStruct(*(None if array is None else array.ctypes.data for array in arrays))
+    _check(_library().hr_unpack_matrix(ctypes.byref(matrix.struct()), ctypes.byref(to)))
 
 
 def aligned_bytes(size: int) -> U8:
@@ -231,11 +277,13 @@ class _Part:
     scales: F32 | None
     zeros: F32 | None
     group_size: int
+    sub_scales: Array | None = None
+    sub_mins: Array | None = None
 
     def struct(self) -> _PartStruct:
-        scales = None if self.scales is None else self.scales.ctypes.data
-        zeros = None if self.zeros is None else self.zeros.ctypes.data
-        return _PartStruct(self.packed.ctypes.data, scales, zeros, self.packed.shape[0], self.group_size)
+        arrays = (self.packed, self.scales, self.zeros, self.sub_scales, self.sub_mins)
+        addresses = (None if array is None else array.ctypes.data for array in arrays)
+        return _PartStruct(*addresses, self.packed.shape[0], self.group_size)
 
 
 def _part(weight: Weight, spec: MatrixSpec) -> _Part:
@@ -244,6 +292,8 @@ def _part(weight: Weight, spec: MatrixSpec) -> _Part:
         if spec.kind == "bf16":
             return _Part(np.ascontiguousarray(dense.view(np.uint32) >> np.uint32(16), np.uint16), None, None, 0)
         return _Part(np.ascontiguousarray(dense, np.float16 if spec.kind == "f16" else np.float32), None, None, 0)
+    if spec.is_two_level:
+        return _two_level_part(weight, spec)
     if not isinstance(weight, QuantTensor) or weight.kind != spec.kind:
         raise ValueError(f"{_kind(weight)} weights cannot be packed as {spec.kind}")
     packed, zeros = np.ascontiguousarray(weight.packed), weight.zeros
@@ -255,6 +305,29 @@ def _part(weight: Weight, spec: MatrixSpec) -> _Part:
         zeros = np.zeros_like(weight.scales)
     zeros = None if zeros is None else np.ascontiguousarray(zeros, np.float32)
     return _Part(packed, np.ascontiguousarray(weight.scales, np.float32), zeros, weight.group_size)
+
+
+def _two_level_part(weight: Weight, spec: MatrixSpec) -> _Part:
+    two = weight.two_level if isinstance(weight, QuantTensor) else None
+    if two is None or not isinstance(weight, QuantTensor) or _two_level_kind(weight) != spec.kind:
+        raise ValueError(f"{_kind(weight)} weights cannot be packed as {spec.kind}")
+    return _Part(
+        np.ascontiguousarray(weight.packed),
+        np.ascontiguousarray(two.d, np.float32),
+        None if two.dmin is None else np.ascontiguousarray(two.dmin, np.float32),
+        weight.group_size,
+        np.ascontiguousarray(two.sub_scales),
+        None if two.sub_mins is None else np.ascontiguousarray(two.sub_mins),
+    )
+
+
+def _two_level_kind(tensor: QuantTensor) -> MatrixKind | None:
+    """The kind that keeps the scales of two levels, or None where the tensor has none."""
+    if tensor.two_level is None:
+        return None
+    if tensor.kind == "int4":
+        return "super4"
+    return "super6" if tensor.zeros is None else "super5"
 
 
 def _kind(weight: Weight) -> str:
@@ -348,6 +421,6 @@ def _library() -> ctypes.CDLL:
     native.hr_matrix_bytes.restype = ctypes.c_int64
     native.hr_pack_matrix.argtypes = (matrix, ctypes.POINTER(_PartStruct), ctypes.c_int32, pointer, ctypes.c_int64)
     native.hr_pack_matrix.restype = ctypes.c_int
-    native.hr_unpack_matrix.argtypes = (matrix, pointer, pointer, pointer)
+    native.hr_unpack_matrix.argtypes = (matrix, ctypes.POINTER(_UnpackedStruct))
     native.hr_unpack_matrix.restype = ctypes.c_int
     return native

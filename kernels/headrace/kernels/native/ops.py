@@ -24,12 +24,14 @@ GROUP = 32  # kGroup of csrc/layout.h: features of a weight block and of an acti
 class WeightForm:
     """How a matrix is stored once packed (matrix.py); weights of one form can be joined without making any larger.
 
-    has_narrow_groups: scales for 16 features instead of 32.
+    has_narrow_groups: scales for 16 features instead of 32. is_two_level: scales are integers, with a float16 for 256
+    features (QuantTensor.two_level).
     """
 
     kind: Literal["int4", "int8", "dense"]
     has_narrow_groups: bool = False
     has_zeros: bool = False
+    is_two_level: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -43,7 +45,7 @@ def form_of(weight: Weight) -> WeightForm:
         return WeightForm("dense")
     if weight.group_size != 16 and weight.group_size % GROUP:
         return WeightForm("dense")
-    return WeightForm(weight.kind, weight.group_size == 16, weight.zeros is not None)
+    return WeightForm(weight.kind, weight.group_size == 16, weight.zeros is not None, weight.two_level is not None)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from headrace.kernels.native.ops import WeightForm
 F32 = npt.NDArray[np.float32]
 
 MAGIC = b"HRPACK\r\n"
-VERSION = 1
+VERSION = 2
 MAX_TABLE_BYTES = 64 << 20
 _PREAMBLE = struct.Struct("<8sIIQQ32s")
 _UNSUMMED = _PREAMBLE.size - 32
@@ -255,8 +255,9 @@ def _origin(origin: dict[str, Any]) -> Origin:
 
 
 def _form(form: list[Any]) -> WeightForm:
-    kind, has_narrow_groups, has_zeros = form
-    return WeightForm(_one_of(kind, _FORM_KINDS), _flag(has_narrow_groups), _flag(has_zeros))
+    kind, *flags = form
+    has_narrow_groups, has_zeros, is_two_level = (_flag(flag) for flag in flags)
+    return WeightForm(_one_of(kind, _FORM_KINDS), has_narrow_groups, has_zeros, is_two_level)
 
 
 def _one_of(value: object, allowed: tuple[Any, ...]) -> Any:
