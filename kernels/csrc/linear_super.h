@@ -42,8 +42,8 @@ struct SuperTileArgs {
   const uint8_t* q;  // integers of the first block, packed or those of `super`
   const uint8_t* a;  // activation block of the first four rows
   int64_t a_stride;  // bytes from four rows to the next four
-  bool is_first;     // start from 0, not from what is in `sums`
-  float* sums;       // [rows][16]
+  float zero;        // 0, which the compiler must not know: GCC 12 would clear arrays of sums in memory
+  float* sums;       // [rows][16], added to
   const uint8_t* ahead;  // what to prefetch, as long as the super-block; or null
 };
 
@@ -77,7 +77,7 @@ inline void add_block(const SuperTileArgs& t, int block, const uint8_t* const* a
 template <int kBits, int kRows>
 inline void subtract_mins(const SuperTileArgs& t, F32x16 (&f)[kRows]) {
   F32x16 h[kRows];
-  for (int c = 0; c < kRows; c++) h[c] = broadcast(0.0f);
+  for (int c = 0; c < kRows; c++) h[c] = broadcast(t.zero);
   for (int block = 0; block < kSuper / kGroup; block++) {
     const F32x16 min = load(t.super->mins[block]);
     for (int c = 0; c < kRows; c++) {
@@ -95,7 +95,7 @@ void multiply_super_tile(const SuperTileArgs& t) {
   for (int i = 0; i < kFours; i++) a[i] = t.a + i * t.a_stride;
   const uint8_t* ahead = t.ahead;
   F32x16 g[kRows];
-  for (int c = 0; c < kRows; c++) g[c] = broadcast(0.0f);
+  for (int c = 0; c < kRows; c++) g[c] = broadcast(t.zero);
   for (int block = 0; block < kSuper / kGroup; block++) {
     if (ahead) {
       for (int at = 0; at < kAheadBytes; at += 64) __builtin_prefetch(ahead + at, 0, 3);
@@ -105,10 +105,7 @@ void multiply_super_tile(const SuperTileArgs& t) {
     for (int i = 0; i < kFours; i++) a[i] += activation_block_bytes(kBits);
   }
   F32x16 f[kRows];
-  for (int c = 0; c < kRows; c++) {
-    f[c] = t.is_first ? broadcast(0.0f) : load(t.sums + kLanes * c);
-    f[c] = fma(g[c], load(t.super->d), f[c]);
-  }
+  for (int c = 0; c < kRows; c++) f[c] = fma(g[c], load(t.super->d), load(t.sums + kLanes * c));
   if (kKind != WeightKind::kSuper6) subtract_mins<kBits, kRows>(t, f);
   for (int c = 0; c < kRows; c++) store(t.sums + kLanes * c, f[c]);
 }
@@ -165,7 +162,9 @@ inline void multiply_super_panel(const PackedMatrix& m, int64_t panel, const Act
   SuperTileArgs t;
   t.super = &super;
   t.a_stride = (int64_t)activation_bytes(kColumns, x.width, x.bits);
+  t.zero = 0.0f;
   const uint8_t* a = activation_block(x, first, 0);
+  for (int row = 0; row < num_rows; row++) store(sums + kLanes * row, broadcast(0.0f));
   for (int s = 0; s < m.cols / kSuper; s++) {
     expand_super_head(m.kind, from, super);
     expand_super_scales(m.kind, x.bits, from + kSuperScales, super);
@@ -174,7 +173,6 @@ inline void multiply_super_panel(const PackedMatrix& m, int64_t panel, const Act
       expand_super_integers(m.kind, x.bits, t.q, super.q);
       t.q = super.q;
     }
-    t.is_first = s == 0;
     t.ahead = from + ahead;
     t.a = a;
     t.sums = sums;
