@@ -128,7 +128,7 @@ struct SuperTiles {
 template <WeightKind kKind, int kBits>
 SuperTiles super_tiles(int num_rows) {
   constexpr int kMost = kMostPacked<kKind, kBits>;
-  constexpr bool kNeverExpands = kKind == WeightKind::kSuper4 && kMost == kMaxColumns;
+  constexpr bool kNeverExpands = kKind == WeightKind::kSuper4 && !kUnpacksNibbles;
   if constexpr (kMost > 0) {
     if (kNeverExpands || num_rows <= kMost)
       return {super_tiles_of<kKind, kBits, true>(std::make_integer_sequence<int, kMost>()), true};

@@ -192,11 +192,45 @@ inline void wide_super_dots(const SuperBlock& super, const uint8_t* q, int block
 
 // How many rows a tile has at most that reads q as they are packed.
 template <WeightKind kKind, int kBits>
-constexpr int kMostPacked = kBits == 8 || kKind == WeightKind::kSuper4 ? 1 : 0;
+constexpr int kMostPacked = kMaxColumns;
+
+// 5- and 6-bit weights as they are packed, and 16-bit activations.
+template <WeightKind kKind, int kFirst, int kLast, int kRows>
+inline void packed_dots(const uint8_t* q, const uint8_t* const* a, F32x16 (&d)[kRows]) {
+  __m256i sums[kRows][2];
+  for (int c = 0; c < kRows; c++) {
+    const ActivationHeader& header = *(const ActivationHeader*)a[c / 4];
+    const int32_t offset = kKind == WeightKind::kSuper6 ? 32 : 0;
+    sums[c][0] = sums[c][1] = _mm256_set1_epi32(correction<kFirst, kLast>(header, c % 4, offset));
+  }
+#pragma GCC unroll 2
+  for (int part = kFirst / 4; part < kLast / 4; part++) {
+    __m256i w[2][4];
+    four_weights<kKind>(q, part, 0, w[0]);
+    four_weights<kKind>(q, part, 1, w[1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      HR_KEEP(w[0][i]);
+      HR_KEEP(w[1][i]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kRows; c++) {
+        const uint8_t* x = a[c / 4] + sizeof(ActivationHeader) + 32 * (4 * part + i) + 8 * (c % 4);
+        accumulate<Format::kSmallBytes, 16>(sums[c][0], w[0][i], x);
+        accumulate<Format::kSmallBytes, 16>(sums[c][1], w[1][i], x);
+      }
+    }
+  }
+  for (int c = 0; c < kRows; c++) d[c] = {_mm256_cvtepi32_ps(sums[c][0]), _mm256_cvtepi32_ps(sums[c][1])};
+}
 
 template <WeightKind kKind, int kBits, bool kPacked, int kFirst, int kLast, int kRows>
 inline void part_dots(const uint8_t* q, const uint8_t* const* a, F32x16 (&d)[kRows]) {
-  block_dots<kPacked ? Format::kNibbles : Format::kBytes, kBits, true, kFirst, kLast, kRows>(q, a, d);
+  static_assert(kBits == 16, "8-bit activations have tiles of their own");
+  if constexpr (kPacked && kKind != WeightKind::kSuper4) {
+    packed_dots<kKind, kFirst, kLast, kRows>(q, a, d);
+  } else {
+    block_dots<kPacked ? Format::kNibbles : Format::kBytes, kBits, true, kFirst, kLast, kRows>(q, a, d);
+  }
 }
 
 template <WeightKind kKind, int kBits, bool kPacked, int kRows>
