@@ -167,7 +167,7 @@ int hr_pack_matrix(const HrMatrix* matrix, const HrMatrixPart* parts, int32_t nu
   for (int i = 0; i < num_parts; i++) {
     if (check_part(*matrix, parts[i])) return -1;
     const int group = is_quantized((WeightKind)matrix->kind) ? parts[i].group_size : kGroup;
-    own[i] = {parts[i].packed,           parts[i].scales, parts[i].zeros, (const uint8_t*)parts[i].sub_scales,
+    own[i] = {parts[i].packed,   parts[i].scales, parts[i].zeros, (const uint8_t*)parts[i].sub_scales,
               parts[i].sub_mins, parts[i].rows,   group};
     rows += parts[i].rows;
   }

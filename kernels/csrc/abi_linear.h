@@ -1,4 +1,5 @@
-// A linear op as C callers give it, checked and in the kernels' terms. Used by abi_linear.cpp, bench_linear.cpp and program.cpp.
+// A linear op as C callers give it, checked and in the kernels' terms. Used by abi_linear.cpp, bench_linear.cpp and
+// program.cpp.
 #pragma once
 
 #include "headrace_native.h"

@@ -14,7 +14,7 @@ constexpr int kGroup = 32;     // input features of a weight block, and of an ac
 constexpr int kColumns = 4;    // activation rows ("columns" of the product) that are interleaved
 constexpr size_t kAlign = 64;  // bytes; every buffer and panel starts on a cache line
 
-constexpr int kSuper = 256;    // input features of a super-block, which has scales of two levels
+constexpr int kSuper = 256;  // input features of a super-block, which has scales of two levels
 
 enum class WeightKind : int32_t {
   kInt4 = 0,

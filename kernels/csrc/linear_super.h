@@ -14,8 +14,8 @@
 // q is signed for kSuper6 (q - 32). It depends on nothing else, as in linear_tile.h. Why the activations keep a scale
 // per 32 features (GGML's Q8_K has one per 256): it costs one of 20 instructions, and docs/LOG.md has what it saves.
 //
-// A dot d of a part is below 2^24 even with 16 bits (16 * 32 * 32512, 32 * 15 * 32512), so that float(d) * float(scale),
-// rounded, is that n: how the instruction sets that multiply in floats get the same bits.
+// A dot d of a part is below 2^24 even with 16 bits (16 * 32 * 32512, 32 * 15 * 32512), so that float(d) *
+// float(scale), rounded, is that n: how the instruction sets that multiply in floats get the same bits.
 #pragma once
 
 #include <utility>
@@ -27,9 +27,9 @@ namespace headrace::HR_ISA {
 // A super-block of a panel with scales as the tiles want them and, but for kSuper4 where tiles read nibbles, a byte for
 // every q. In the first-level cache: at most 7 KiB.
 struct SuperBlock {
-  alignas(64) uint8_t q[kSuper * kLanes];    // [block][g][16 rows][4]; what q is kept as is the tile's affair
-  alignas(64) float scales[16][kLanes];      // by part
-  alignas(64) int16_t pairs[16][2 * kLanes];  // for integer tiles: each scale twice, by part
+  alignas(64) uint8_t q[kSuper * kLanes];      // [block][g][16 rows][4]; what q is kept as is the tile's affair
+  alignas(64) float scales[16][kLanes];        // by part
+  alignas(64) int16_t pairs[16][2 * kLanes];   // for integer tiles: each scale twice, by part
   alignas(64) int16_t offsets[8][2 * kLanes];  // for them: 4 * scale of a block's two parts
   alignas(64) float mins[8][kLanes];
   alignas(64) float d[kLanes];
@@ -39,11 +39,11 @@ struct SuperBlock {
 // A super-block times up to kMaxColumns rows of activations.
 struct SuperTileArgs {
   const SuperBlock* super;
-  const uint8_t* q;  // integers of the first block, packed or those of `super`
-  const uint8_t* a;  // activation block of the first four rows
-  int64_t a_stride;  // bytes from four rows to the next four
-  float zero;        // 0, which the compiler must not know: GCC 12 would clear arrays of sums in memory
-  float* sums;       // [rows][16], added to
+  const uint8_t* q;      // integers of the first block, packed or those of `super`
+  const uint8_t* a;      // activation block of the first four rows
+  int64_t a_stride;      // bytes from four rows to the next four
+  float zero;            // 0, which the compiler must not know: GCC 12 would clear arrays of sums in memory
+  float* sums;           // [rows][16], added to
   const uint8_t* ahead;  // what to prefetch, as long as the super-block; or null
 };
 

@@ -23,8 +23,8 @@ inline F32x16 load_u8(const uint8_t* p) {
 // Scales, each twice, as 16 bits: a byte goes to the upper half of two words, which are shifted down.
 template <bool kIsSigned>
 inline void expand_pairs(const uint8_t* from, int parts, SuperBlock& to) {
-  const __m256i low = _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1, 4, -1, 4, -1, 5, -1, 5,
-                                       -1, 6, -1, 6, -1, 7, -1, 7);
+  const __m256i low = _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1, 4, -1, 4, -1, 5, -1,
+                                       5, -1, 6, -1, 6, -1, 7, -1, 7);
   const __m256i high = _mm256_or_si256(low, _mm256_set1_epi16(8 << 8));
   for (int part = 0; part < parts; part++) {
     const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(from + kLanes * part)));

@@ -6,7 +6,8 @@
 
 namespace headrace::HR_ISA {
 
-// d[c] = dot of features [4 kFirst, 4 kLast) of a block. q: as packed, or bytes q + 128. Each instruction set has its own.
+// d[c] = dot of features [4 kFirst, 4 kLast) of a block. q: as packed, or bytes q + 128. Each instruction set has its
+// own.
 template <WeightKind kKind, int kBits, bool kPacked, int kFirst, int kLast, int kRows>
 inline void part_dots(const uint8_t* q, const uint8_t* const* a, F32x16 (&d)[kRows]);
 

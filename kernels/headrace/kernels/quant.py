@@ -61,8 +61,9 @@ class QuantTensor:
         assert self.zeros is None or self.zeros.shape == groups
         if self.two_level is not None:
             two = self.two_level
-            assert cols % SUPER == 0 and two.d.shape == (rows, cols // SUPER), (cols, two.d.shape)
-            assert two.sub_scales.shape == groups and two.sub_scales.itemsize == 1
+            assert cols % SUPER == 0, cols
+            assert two.d.shape == (rows, cols // SUPER), two.d.shape
+            assert two.sub_scales.shape == groups, two.sub_scales.shape
             assert (two.dmin is None) == (two.sub_mins is None) == (self.zeros is None)
 
     @property

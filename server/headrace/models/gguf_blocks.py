@@ -260,7 +260,8 @@ def decode_blocks(raw: U8, type_name: str, rows: int, cols: int) -> QuantTensor 
 def _empty(block_type: BlockType, count: int) -> Unpacked:
     """Room for `count` blocks: the arrays that unpacking one gives."""
     one = block_type.unpack(np.zeros(1, block_type.layout))
-    arrays = {field.name: getattr(one, field.name) for field in fields(Unpacked)}
-    return Unpacked(
-        **{name: None if array is None else np.empty((count, array.shape[1]), array.dtype) for name, array in arrays.items()}
-    )
+    room: dict[str, Any] = {}
+    for field in fields(Unpacked):
+        array = getattr(one, field.name)
+        room[field.name] = None if array is None else np.empty((count, array.shape[1]), array.dtype)
+    return Unpacked(**room)

@@ -205,7 +205,7 @@ def test_a_matrix_that_is_shorter_than_it_says_is_refused(model: LoadedModel) ->
     structs[name].data_bytes -= 1
     encoded = encode(program, structs, packed.vectors)
     assert not _create(encoded.config)
-    assert "bytes are too few" in library.last_error()
+    assert "data is cut off" in library.last_error()
 
 
 def _create(config: encoding.HrExecutorConfig) -> int | None:

@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 import pytest
 from headrace.kernels.native.linear_ops import Quantized, embed, linear, quantize
-from headrace.kernels.native.matrix import pack_matrix, unpack_matrix
+from headrace.kernels.native.matrix import pack_matrix
+from headrace.kernels.native.unpack import unpack_matrix
 from headrace.kernels.quant import QuantKind, QuantTensor
 
 from tests.kernels.native.linear_support import F32, F64, ISAS, random_tensor

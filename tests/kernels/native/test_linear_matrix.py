@@ -15,8 +15,8 @@ from headrace.kernels.native.matrix import (
     aligned_bytes,
     pack_matrix,
     plan_matrix,
-    unpack_matrix,
 )
+from headrace.kernels.native.unpack import unpack_matrix
 from headrace.kernels.quant import QuantKind, QuantTensor, Weight, pack_int4
 from headrace.models.gguf_blocks import BLOCK_TYPES, decode_blocks
 

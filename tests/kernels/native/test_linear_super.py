@@ -15,9 +15,9 @@ from headrace.kernels.native.matrix import (
     aligned_bytes,
     pack_matrix,
     plan_matrix,
-    unpack_matrix,
 )
 from headrace.kernels.native.ops import form_of
+from headrace.kernels.native.unpack import unpack_matrix
 from headrace.kernels.quant import QuantTensor, TwoLevel
 from headrace.models.gguf_blocks import BLOCK_TYPES, decode_blocks
 
@@ -42,7 +42,8 @@ def decoded(
         if name in (blocks.dtype.names or ()):
             blocks[name] = rng.uniform(d / 2, d, len(blocks)) * rng.choice([-1, 1], len(blocks))
     tensor = decode_blocks(blocks.view(np.uint8), type_name, rows, cols)
-    assert tensor is not None and tensor.two_level is not None
+    assert tensor is not None
+    assert tensor.two_level is not None
     return tensor
 
 
@@ -64,9 +65,9 @@ def rounding_bound(tensor: QuantTensor, x: Quantized) -> F64:
 
     Integers are exact. In a super-block each of at most 16 parts is rounded once to a float and once when it is added;
     each of 8 mins twice (the sum of its activations, the addition); then come two additions to the whole. So n
-    super-blocks make at most 2 * (16 + 8) + 2 n roundings on the way of any one number, each of half a unit (2^-24) of a
-    number no larger than the sum of all |scale * q * x| and |zero * x|. Below the normal numbers a rounding is 2^-150,
-    of something that is then multiplied by d.
+    super-blocks make at most 2 * (16 + 8) + 2 n roundings on the way of any one number, each of half a unit (2^-24) of
+    a number no larger than the sum of all |scale * q * x| and |zero * x|. Below the normal numbers a rounding is
+    2^-150, of something that is then multiplied by d.
     """
     supers = tensor.shape[1] // 256
     scales = np.repeat(np.abs(tensor.scales.astype(np.float64)), tensor.group_size, axis=1)
@@ -83,7 +84,8 @@ def check(x: F32, tensor: QuantTensor, matrix: PackedMatrix, bits: int) -> F32:
     """Right in plain C++, and the same bits everywhere. Returns them."""
     quantized = quantize(x, bits, "generic")
     oracle = linear(quantized, matrix, "generic")
-    assert isinstance(oracle, np.ndarray) and np.isfinite(oracle).all()
+    assert isinstance(oracle, np.ndarray)
+    assert np.isfinite(oracle).all()
     bound = rounding_bound(tensor, quantized)
     off = np.abs(oracle - quantized.dequantize() @ weights_of(tensor).T)
     assert (off <= bound).all(), (x.shape, (off / bound).max())
@@ -131,9 +133,9 @@ def test_gate_and_up_are_interleaved_and_the_share_of_a_thread_changes_nothing(
     matrix = pack_matrix([gate, up], is_gated=True)
     x = quantize(random_rows(rows, 256), 8, isa)
     whole = linear(x, matrix, isa, epilogue="silu_gate")
-    g, u = (linear(x, pack_matrix([tensor]), isa) for tensor in (gate, up))
-    assert isinstance(g, np.ndarray) and isinstance(u, np.ndarray) and isinstance(whole, np.ndarray)
-    want = g.astype(np.float64) / (1 + np.exp(-g.astype(np.float64))) * u
+    assert isinstance(whole, np.ndarray)
+    g, u = (np.asarray(linear(x, pack_matrix([tensor]), isa), np.float64) for tensor in (gate, up))
+    want = g / (1 + np.exp(-g)) * u
     np.testing.assert_allclose(whole, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
     for units in (1, 2):
         np.testing.assert_array_equal(linear(x, matrix, isa, epilogue="silu_gate", units_per_call=units), whole)
@@ -141,26 +143,24 @@ def test_gate_and_up_are_interleaved_and_the_share_of_a_thread_changes_nothing(
 
 def with_ends(type_name: str, q: int, scale: int, minimum: int) -> QuantTensor:
     """All weights d * scale * q - dmin * minimum with d = dmin = 1."""
-    rows, cols = 16, 512
-    two = TwoLevel(
-        np.ones((rows, 2), np.float16),
-        None if type_name == "Q6_K" else np.ones((rows, 2), np.float16),
-        np.full((rows, cols // (16 if type_name == "Q6_K" else 32)), scale, np.int8 if type_name == "Q6_K" else np.uint8),
-        None if type_name == "Q6_K" else np.full((rows, cols // 32), minimum, np.uint8),
-    )
-    zeros = None if two.sub_mins is None else -two.sub_mins.astype(np.float32)
+    rows, cols, ones = 16, 512, np.ones((16, 2), np.float16)
+    if type_name == "Q6_K":
+        small = np.full((rows, cols // 16), scale, np.int8)
+        two = TwoLevel(ones, None, small, None)
+        return QuantTensor("int8", np.full((rows, cols), q, np.int8), small.astype(np.float32), None, 16, two)
+    scales, mins = (np.full((rows, cols // 32), number, np.uint8) for number in (scale, minimum))
+    two = TwoLevel(ones, ones, scales, mins)
+    flat_numbers = scales.astype(np.float32), -mins.astype(np.float32)
     if type_name == "Q4_K":
-        packed = np.full((rows, cols // 2), q * 0x11, np.uint8)
-        return QuantTensor("int4", packed, two.sub_scales.astype(np.float32), zeros, 32, two)
-    group = 16 if type_name == "Q6_K" else 32
-    return QuantTensor("int8", np.full((rows, cols), q, np.int8), two.sub_scales.astype(np.float32), zeros, group, two)
+        return QuantTensor("int4", np.full((rows, cols // 2), q * 0x11, np.uint8), *flat_numbers, 32, two)
+    return QuantTensor("int8", np.full((rows, cols), q, np.int8), *flat_numbers, 32, two)
+
+
+ENDS = (("Q4_K", 15, 63), ("Q5_K", 31, 63), *(("Q6_K", q, scale) for q in (-32, 31) for scale in (-128, 127)))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize(
-    ("type_name", "q", "scale"),
-    [("Q4_K", 15, 63), ("Q5_K", 31, 63), ("Q6_K", -32, -128), ("Q6_K", -32, 127), ("Q6_K", 31, -128), ("Q6_K", 31, 127)],
-)
+@pytest.mark.parametrize(("type_name", "q", "scale"), ENDS)
 def test_the_largest_integers_do_not_overflow(type_name: str, q: int, scale: int, bits: int) -> None:
     """Weights, scales and activations at their ends: intermediate sums of 16 and 32 bits are as large as they get."""
     most = 127 if bits == 8 else 32512
@@ -209,16 +209,15 @@ def test_packing_keeps_every_number_and_has_an_inverse(type_name: str) -> None:
         np.testing.assert_array_equal(again.scales, tensor.scales)
         np.testing.assert_array_equal(again.dequantize(), tensor.dequantize())
         two, had = again.two_level, tensor.two_level
-        assert two is not None and had is not None
+        assert two is not None
+        assert had is not None
         for name in ("d", "dmin", "sub_scales", "sub_mins"):
             np.testing.assert_array_equal(getattr(two, name), getattr(had, name))
             assert (getattr(had, name) is None) == (type_name == "Q6_K" and name in ("dmin", "sub_mins"))
         for isa in ISAS:
             ids = np.arange(rows, dtype=np.int32)
             np.testing.assert_array_equal(embed(ids, packed, isa), tensor.dequantize())
-            np.testing.assert_array_equal(
-                embed(ids, packed, isa, scale=3.7), tensor.dequantize() * np.float32(3.7)
-            )
+            np.testing.assert_array_equal(embed(ids, packed, isa, scale=3.7), tensor.dequantize() * np.float32(3.7))
 
 
 @pytest.mark.parametrize(("type_name", "most"), [("Q4_K", 4.63), ("Q5_K", 5.63), ("Q6_K", 6.63)])
@@ -253,7 +252,8 @@ def test_joined_matrices_keep_two_levels_where_all_have_the_same() -> None:
 
 
 def test_forms_tell_two_levels_from_flat_scales_and_from_each_other() -> None:
-    forms = {form_of(tensor) for name in TYPES for tensor in [random_super(name, 4, 256)] for tensor in [tensor, flat(tensor)]}
+    tensors = [random_super(name, 4, 256) for name in TYPES]
+    forms = {form_of(tensor) for tensor in [*tensors, *map(flat, tensors)]}
     assert len(forms) == 6
     assert all(form.is_quantized for form in forms)
 
