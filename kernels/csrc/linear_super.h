@@ -24,13 +24,17 @@
 
 namespace headrace::HR_ISA {
 
-// A super-block of a panel with scales as the tiles want them and, but for kSuper4 where tiles read nibbles, a byte for
-// every q. In the first-level cache: at most 7 KiB.
+// Bytes that an expanded q may take: 2 where 16-bit activations meet 16-bit weights.
+constexpr int kExpandedBytes = kUnpacksWords ? 2 : 1;
+
+// A super-block of a panel with scales as the tiles want them and, unless they read q as they are packed, a number for
+// every q. It stays in the first-level cache.
 struct SuperBlock {
-  alignas(64) uint8_t q[kSuper * kLanes];      // [block][g][16 rows][4]; what q is kept as is the tile's affair
-  alignas(64) float scales[16][kLanes];        // by part
-  alignas(64) int16_t pairs[16][2 * kLanes];   // for integer tiles: each scale twice, by part
-  alignas(64) int16_t offsets[8][2 * kLanes];  // for them: 4 * scale of a block's two parts
+  alignas(64)
+      uint8_t q[kSuper * kLanes * kExpandedBytes];  // [block][g][16 rows][4]; what q is kept as is the tile's affair
+  alignas(64) float scales[16][kLanes];             // by part
+  alignas(64) int16_t pairs[16][2 * kLanes];        // for integer tiles: each scale twice, by part
+  alignas(64) int16_t offsets[8][2 * kLanes];       // for them: 4 * scale of a block's two parts
   alignas(64) float mins[8][kLanes];
   alignas(64) float d[kLanes];
   alignas(64) float dmin[kLanes];
@@ -62,7 +66,7 @@ namespace headrace::HR_ISA {
 // g += the products of one block.
 template <WeightKind kKind, int kBits, bool kPacked, int kRows>
 inline void add_block(const SuperTileArgs& t, int block, const uint8_t* const* a, F32x16 (&g)[kRows]) {
-  constexpr int kStride = kPacked ? super_block_bytes(kKind) : 512;
+  constexpr int kStride = kPacked ? super_block_bytes(kKind) : kBits == 16 ? 512 * kExpandedBytes : 512;
   constexpr int kParts = kBits == 16 && kKind != WeightKind::kSuper4 ? 2 : 1;
   const uint8_t* q = t.q + kStride * block;
   for (int part = 0; part < kParts; part++) {

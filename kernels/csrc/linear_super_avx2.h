@@ -82,27 +82,39 @@ inline void four_weights(const uint8_t* block, int part, int half, __m256i (&w)[
   }
 }
 
-// A byte for each q, plus `bias`.
-template <WeightKind kKind>
-inline void expand_blocks(const uint8_t* from, __m256i bias, uint8_t* to) {
+// A byte for each q; for 16-bit activations what Format::kWords means.
+template <WeightKind kKind, int kBits>
+inline void expand_blocks(const uint8_t* from, uint8_t* to) {
+  const __m256i low = _mm256_set1_epi16(255), less = _mm256_set1_epi16(kKind == WeightKind::kSuper6 ? 32 : 0);
   for (int block = 0; block < 8; block++, from += super_block_bytes(kKind)) {
-    for (int part = 0; part < 2; part++, to += 256) {
+    for (int part = 0; part < 2; part++, to += 16 * kLanes * (kBits / 8)) {
       for (int half = 0; half < 2; half++) {
         __m256i w[4];
         four_weights<kKind>(from, part, half, w);
-        for (int i = 0; i < 4; i++)
-          _mm256_store_si256((__m256i*)(to + 64 * i + 32 * half), _mm256_add_epi8(w[i], bias));
+        for (int i = 0; i < 4; i++) {
+          uint8_t* at = to + 64 * i * (kBits / 8) + 32 * half;
+          if (kBits == 8) {
+            _mm256_store_si256((__m256i*)at, w[i]);
+          } else {
+            _mm256_store_si256((__m256i*)at, _mm256_sub_epi16(_mm256_and_si256(w[i], low), less));
+            _mm256_store_si256((__m256i*)(at + 64), _mm256_sub_epi16(_mm256_srli_epi16(w[i], 8), less));
+          }
+        }
       }
     }
   }
 }
 
-// q as it is for the tiles here; for those of 16-bit activations q + 128, which is what Format::kBytes means.
+template <WeightKind kKind>
+inline void expand_kind(int32_t bits, const uint8_t* from, uint8_t* to) {
+  if (bits == 8) return expand_blocks<kKind, 8>(from, to);
+  expand_blocks<kKind, 16>(from, to);
+}
+
 inline void expand_super_integers(WeightKind kind, int32_t bits, const uint8_t* from, uint8_t* to) {
-  const __m256i bias = _mm256_set1_epi8((char)(bits == 8 ? 0 : kind == WeightKind::kSuper6 ? 96 : 128));
-  if (kind == WeightKind::kSuper4) return expand_blocks<WeightKind::kSuper4>(from, bias, to);
-  if (kind == WeightKind::kSuper5) return expand_blocks<WeightKind::kSuper5>(from, bias, to);
-  expand_blocks<WeightKind::kSuper6>(from, bias, to);
+  if (kind == WeightKind::kSuper4) return expand_kind<WeightKind::kSuper4>(bits, from, to);
+  if (kind == WeightKind::kSuper5) return expand_kind<WeightKind::kSuper5>(bits, from, to);
+  expand_kind<WeightKind::kSuper6>(bits, from, to);
 }
 
 // 4-bit weights: 16-bit sums over all features.
@@ -226,10 +238,12 @@ inline void packed_dots(const uint8_t* q, const uint8_t* const* a, F32x16 (&d)[k
 template <WeightKind kKind, int kBits, bool kPacked, int kFirst, int kLast, int kRows>
 inline void part_dots(const uint8_t* q, const uint8_t* const* a, F32x16 (&d)[kRows]) {
   static_assert(kBits == 16, "8-bit activations have tiles of their own");
-  if constexpr (kPacked && kKind != WeightKind::kSuper4) {
-    packed_dots<kKind, kFirst, kLast, kRows>(q, a, d);
+  if constexpr (!kPacked) {
+    word_dots<kFirst, kLast, kRows>(q, a, d);
+  } else if constexpr (kKind == WeightKind::kSuper4) {
+    block_dots<Format::kNibbles, kBits, true, kFirst, kLast, kRows>(q, a, d);
   } else {
-    block_dots<kPacked ? Format::kNibbles : Format::kBytes, kBits, true, kFirst, kLast, kRows>(q, a, d);
+    packed_dots<kKind, kFirst, kLast, kRows>(q, a, d);
   }
 }
 
