@@ -247,11 +247,11 @@ inline void part_dots(const uint8_t* q, const uint8_t* const* a, F32x16 (&d)[kRo
   }
 }
 
-template <WeightKind kKind, int kBits, bool kPacked, int kRows>
-inline void super_dots(const SuperBlock& super, const uint8_t* q, int block, int part, const uint8_t* const* a,
+template <WeightKind kKind, int kBits, bool kPacked, int kPart, int kRows>
+inline void super_dots(const SuperBlock& super, const uint8_t* q, int block, const uint8_t* const* a,
                        F32x16 (&n)[kRows]) {
   if constexpr (kBits == 16) {
-    float_super_dots<kKind, kBits, kPacked, kRows>(super, q, block, part, a, n);
+    float_super_dots<kKind, kBits, kPacked, kPart, kRows>(super, q, block, a, n);
   } else if constexpr (kKind == WeightKind::kSuper4) {
     small_super_dots<kPacked, kRows>(super, q, block, a, n);
   } else {

@@ -102,10 +102,10 @@ inline void part_dots(const uint8_t* q, const uint8_t* const* a, F32x16 (&d)[kRo
   }
 }
 
-template <WeightKind kKind, int kBits, bool kPacked, int kRows>
-inline void super_dots(const SuperBlock& super, const uint8_t* q, int block, int part, const uint8_t* const* a,
+template <WeightKind kKind, int kBits, bool kPacked, int kPart, int kRows>
+inline void super_dots(const SuperBlock& super, const uint8_t* q, int block, const uint8_t* const* a,
                        F32x16 (&n)[kRows]) {
-  float_super_dots<kKind, kBits, kPacked, kRows>(super, q, block, part, a, n);
+  float_super_dots<kKind, kBits, kPacked, kPart, kRows>(super, q, block, a, n);
 }
 
 }  // namespace headrace::HR_ISA

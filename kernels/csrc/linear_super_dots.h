@@ -12,8 +12,8 @@ template <WeightKind kKind, int kBits, bool kPacked, int kFirst, int kLast, int 
 inline void part_dots(const uint8_t* q, const uint8_t* const* a, F32x16 (&d)[kRows]);
 
 // n as linear_super.h says, of the whole block or, where that has two, of one part.
-template <WeightKind kKind, int kBits, bool kPacked, int kRows>
-inline void float_super_dots(const SuperBlock& super, const uint8_t* q, int block, int part, const uint8_t* const* a,
+template <WeightKind kKind, int kBits, bool kPacked, int kPart, int kRows>
+inline void float_super_dots(const SuperBlock& super, const uint8_t* q, int block, const uint8_t* const* a,
                              F32x16 (&n)[kRows]) {
   constexpr bool kIsSigned = kKind == WeightKind::kSuper6;
   if constexpr (kKind == WeightKind::kSuper4 || (kBits == 8 && !kIsSigned)) {
@@ -28,12 +28,8 @@ inline void float_super_dots(const SuperBlock& super, const uint8_t* q, int bloc
     part_dots<kKind, kBits, kPacked, 4, 8, kRows>(q, a, high);
     for (int c = 0; c < kRows; c++) n[c] = fma(high[c], scale_high, n[c]);
   } else {
-    if (part == 0) {
-      part_dots<kKind, kBits, kPacked, 0, 4, kRows>(q, a, n);
-    } else {
-      part_dots<kKind, kBits, kPacked, 4, 8, kRows>(q, a, n);
-    }
-    const F32x16 scale = load(super.scales[kIsSigned ? 2 * block + part : block]);
+    part_dots<kKind, kBits, kPacked, 4 * kPart, 4 * kPart + 4, kRows>(q, a, n);
+    const F32x16 scale = load(super.scales[kIsSigned ? 2 * block + kPart : block]);
     for (int c = 0; c < kRows; c++) n[c] = mul(n[c], scale);
   }
 }
