@@ -15,7 +15,7 @@ from headrace.kernels.sample.triton_fields import CHUNK, NUM_PLANES
 from headrace.kernels.sample.triton_scan import finish_kernel, scan_kernel
 from headrace.kernels.sample.triton_select import select_kernel, top_kernel
 
-_BLOCK, _NUM_WARPS = 2048, 16  # of the kernels that go through a row alone; 4096 spills on sm_100
+_NUM_WARPS = 16  # of the kernels that go through a row alone
 _ENTRIES = 256  # at a time
 
 
@@ -74,7 +74,7 @@ def sample(
             MAX_TOP=MAX_TOP,
             SLOTS=triton.next_power_of_2(MAX_TOP),
             CHUNKS=chunks,
-            BLOCK=_BLOCK,
+            BLOCK=CHUNK,
             num_warps=_NUM_WARPS,
         )
 
@@ -115,7 +115,7 @@ def _select(
         workspace,
         *shape,
         CHUNKS=triton.next_power_of_2(num_chunks),
-        BLOCK=_BLOCK,
+        BLOCK=CHUNK,
         num_warps=_NUM_WARPS,
     )
     if has_entries:
