@@ -1,12 +1,15 @@
 """The small ops against loops over Python floats."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from headrace.kernels.activation import gated_activation, soft_cap
 from headrace.kernels.embed import embed
+from headrace.kernels.kv_blocks import copy_blocks, gather_blocks, scatter_blocks
 from headrace.kernels.linear import linear
 from headrace.kernels.rms_norm import rms_norm
 from headrace.kernels.rope import rope, rope_table
@@ -76,3 +79,29 @@ def test_linear_multiplies_by_rows_of_the_weight() -> None:
     want = [[sum(a * b for a, b in zip(r.tolist(), w.tolist(), strict=True)) for w in weight] for r in x]
     np.testing.assert_allclose(linear(x, weight, None), want, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(linear(x, weight, bias), np.array(want) + bias.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_are_copied_gathered_and_scattered() -> None:
+    caches = [random(5, 2, 4), random(5, 2, 4)]
+    before = [cache.clone() for cache in caches]
+    copy_blocks(caches, torch.tensor([[0, 3], [-1, 2], [4, -1]], dtype=torch.int32))
+    for cache, old in zip(caches, before, strict=True):
+        assert torch.equal(cache[3], old[0])
+        assert torch.equal(cache[[0, 1, 2, 4]], old[[0, 1, 2, 4]])
+    staging = gather_blocks(caches, torch.tensor([4, -1, 1], dtype=torch.int32))
+    assert staging.shape == (3, 2, 2 * 4 * 4)
+    assert torch.equal(staging[0, 1].view(torch.float32), caches[1][4].flatten())
+    scatter_blocks(caches, torch.tensor([2, 0, -1], dtype=torch.int32), staging)
+    assert all(torch.equal(cache[2], cache[4]) for cache in caches)
+    assert all((cache[0] == 0).all() for cache in caches)  # what -1 gathered
+
+
+def test_ops_import_no_triton_and_sampling_no_torch() -> None:
+    ops = ("activation", "embed", "kv_blocks", "linear", "paged_attention", "rms_norm", "rope")
+    code = (
+        "import sys, headrace.kernels.sample\n"
+        "assert 'torch' not in sys.modules, 'sample imports torch'\n"
+        f"for op in {ops}: __import__('headrace.kernels.' + op)\n"
+        "assert 'triton' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
