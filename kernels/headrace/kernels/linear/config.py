@@ -6,7 +6,7 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,31 @@ class LinearConfig:
             raise ValueError("group_n must be at least 1 and split_programs at least 0")
 
 
-def default_config(kind: str, m: int) -> LinearConfig:
-    """For a product of m rows; the figures behind it are in docs/KERNELS.md."""
+def default_config(kind: str, m: int, *, groups: int = 4, has_zeros: bool = True) -> LinearConfig:
+    """For a product of m rows: what spills on no target (docs/KERNELS.md has the figures).
+
+    groups: of a block of K (`layout.BlockLayout`). With zeros too, a program keeps the most sums in registers.
+    """
+    is_heavy = kind in ("int4", "int8") and groups > 1 and has_zeros
     if m <= 16:
-        return LinearConfig(16, 32, 2, 4)
-    if m <= 32:
-        return LinearConfig(32, 32, 2, 4)
+        is_wide = kind.startswith("fp8") or (kind == "int8" and is_heavy)
+        return LinearConfig(16, 64, 4, 4) if is_wide else LinearConfig(16, 32, 2, 4)
+    if m <= 32 or is_heavy:
+        is_wide = kind.startswith("fp8") or is_heavy
+        shape = LinearConfig(32, 64, 4, 3) if is_wide else LinearConfig(32, 32, 2, 4)
+        return replace(shape, split_programs=512 if m <= 64 else 0)
     if m <= 64:
         return LinearConfig(64, 64, 4, 3)
-    return LinearConfig(128, 64, 4, 3, split_programs=0)
+    if kind == "int4" and has_zeros:
+        return LinearConfig(64, 64, 4, 3, split_programs=0)
+    if kind in ("int4", "int8", "fp8_block"):
+        return LinearConfig(64, 128, 8, 3, split_programs=0)
+    return LinearConfig(128, 128, 8, 3, split_programs=0)
+
+
+def for_heads(config: LinearConfig, kind: str, head_dim: int) -> LinearConfig:
+    """`config` where a tile must be one head: 16 rows of the weight per warp, and as many rows of x as registers
+    allow besides the two halves of a head."""
+    most = (4096 if kind == "int4" else 8192) // head_dim
+    warps = max(1, min(8, head_dim // 16))
+    return replace(config, block_n=head_dim, block_m=max(16, min(config.block_m, most, 64)), num_warps=warps)

@@ -86,6 +86,13 @@ class PackedLinear:
         """Of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
+    def without_gate_padding(self, rows: torch.Tensor) -> torch.Tensor:
+        """[packed_rows, C] to [N, C], gate above up: the inverse of the interleaving of a gated matrix."""
+        if not self.is_gated:
+            return rows
+        halves = rows.reshape(-1, 2, GATE_ROWS, rows.shape[1]).transpose(0, 1).reshape(2, -1, rows.shape[1])
+        return halves[:, : self.out_features].reshape(-1, rows.shape[1])
+
     def to(self, device: str | torch.device) -> PackedLinear:
         """The same matrix with its tensors on `device`."""
         return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
@@ -123,14 +130,14 @@ def unpack(packed: PackedLinear) -> list[QuantTensor] | list[torch.Tensor]:
     are float16). A zero that int4 packs without (-8 * scale) comes back as a zero.
     """
     if packed.kind not in PLANES:
-        weight = _without_gate_padding(packed, packed.tensors["weight"][:, : packed.shape[1]])
+        weight = packed.without_gate_padding(packed.tensors["weight"][:, : packed.shape[1]])
         return [weight[end - count : end] for count, end in zip(packed.rows, accumulate(packed.rows), strict=True)]
     layout = packed.blocks
-    q = _without_gate_padding(packed, _read_words(packed.tensors["words"], packed, layout))
-    scales = _without_gate_padding(packed, _read_groups(packed.tensors["scales"], packed, layout))
+    q = packed.without_gate_padding(_read_words(packed.tensors["words"], packed, layout))
+    scales = packed.without_gate_padding(_read_groups(packed.tensors["scales"], packed, layout))
     zeros: torch.Tensor | None
     if "zeros" in packed.tensors:
-        zeros = _without_gate_padding(packed, _read_groups(packed.tensors["zeros"], packed, layout))
+        zeros = packed.without_gate_padding(_read_groups(packed.tensors["zeros"], packed, layout))
     else:
         zeros = scales * -8.0 if packed.kind == "int4" else None
     stored = min(packed.group_size, layout.block_k)
@@ -161,7 +168,9 @@ def make_rowwise(
     is_gated: bool,
 ) -> PackedLinear:
     """A matrix whose rows stay rows: [N, K] with gate and up interleaved and each row 16-byte aligned."""
-    shape = (weight.shape[0], weight.shape[1])
+    shape, stored = (weight.shape[0], weight.shape[1]), weight.dtype
+    if stored.itemsize == 1:  # torch copies few things in fp8
+        weight = weight.view(torch.uint8)
     if is_gated:
         weight = _interleave(weight, 0)
         scales = None if scales is None or kind == "fp8_block" else _interleave(scales[:, None], 0)[:, 0]
@@ -171,6 +180,7 @@ def make_rowwise(
         padded = weight.new_zeros((weight.shape[0], stride))
         padded[:, : shape[1]] = weight
         weight = padded[:, : shape[1]]
+    weight = weight.view(stored)
     tensors = {"weight": weight} if scales is None else {"weight": weight, "scales": scales.contiguous()}
     return PackedLinear(kind, shape, rows, 0, is_gated, dtype, tensors)
 
@@ -241,14 +251,6 @@ def _interleave(rows: torch.Tensor, padding: float) -> torch.Tensor:
     halves = rows.new_full((2, _ceil(n, GATE_ROWS), cols), padding)
     halves[:, :n] = rows.view(2, n, cols)
     return halves.view(2, -1, GATE_ROWS, cols).transpose(0, 1).reshape(-1, cols)
-
-
-def _without_gate_padding(packed: PackedLinear, rows: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_interleave` where the matrix is gated."""
-    if not packed.is_gated:
-        return rows
-    halves = rows.reshape(-1, 2, GATE_ROWS, rows.shape[1]).transpose(0, 1).reshape(2, -1, rows.shape[1])
-    return halves[:, : packed.out_features].reshape(-1, rows.shape[1])
 
 
 def _write_words(q: torch.Tensor, kind: str, layout: BlockLayout) -> torch.Tensor:

@@ -6,12 +6,12 @@ many rows the norm is a launch of its own, with the same bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-from headrace.kernels.linear.config import LinearConfig, default_config
+from headrace.kernels.linear.config import LinearConfig, default_config, for_heads
 from headrace.kernels.linear.epilogue import RopeKvEpilogue
 from headrace.kernels.linear.layout import PLANES
 from headrace.kernels.linear.pack import PackedLinear
@@ -71,10 +71,16 @@ def cut(weight: PackedLinear, m: int, config: LinearConfig) -> Tiles:
     return Tiles(tiles_n, tiles_m, splits, is_split)
 
 
+def default_for(weight: PackedLinear, m: int) -> LinearConfig:
+    """The configuration of a product of m rows that nobody tuned."""
+    return default_config(weight.kind, m, groups=weight.blocks.groups, has_zeros="zeros" in weight.tensors)
+
+
 def workspace_bytes(weight: PackedLinear, m: int, config: LinearConfig | None = None, *, has_norm: bool = True) -> int:
     """Bytes of workspace that a product of m rows needs; products on one stream share a workspace."""
-    config = default_config(weight.kind, m) if config is None else config
-    sums = max(_sums_bytes(weight, m, replace(config, block_n=n)) for n in {config.block_n, 64, 128, 256})
+    config = default_for(weight, m) if config is None else config
+    for_all = [config, *(for_heads(config, weight.kind, head_dim) for head_dim in (16, 32, 64, 128, 256))]
+    sums = max(_sums_bytes(weight, m, each) for each in for_all)
     return COUNTER_BYTES + sums + (sum(_normed_bytes(weight, m)) if has_norm and m > PROLOGUE_ROWS else 0)
 
 
@@ -110,13 +116,13 @@ def linear(
     workspace: uint8, `workspace_bytes`, 16-byte aligned, zero before its first use; None where none is needed.
     """
     m = x.shape[0]
-    config = default_config(weight.kind, m) if config is None else config
+    config = default_for(weight, m) if config is None else config
     _check(x, weight, out, norm, bias, residual, x_scale, activation)
     if rope_kv is not None:
         rope_kv.check(m, weight.shape[0])
         if residual is not None or activation is not None:
             raise ValueError("linear: rope_kv leaves no room for a residual or an activation")
-        config = _for_heads(config, rope_kv.head_dim)
+        config = for_heads(config, weight.kind, rope_kv.head_dim)
     if m == 0:
         return
     tiles = cut(weight, m, config)
@@ -305,11 +311,6 @@ def _head_flags(rope_kv: RopeKvEpilogue) -> int:
         (HAS_CACHE_SCALE, rope_kv.k_scale),
     )
     return sum(int(flag.value) for flag, tensor in present if tensor is not None)
-
-
-def _for_heads(config: LinearConfig, head_dim: int) -> LinearConfig:
-    """A tile is one head, with warps for 16 rows of the weight each, 4 at most."""
-    return replace(config, block_n=head_dim, num_warps=max(1, min(4, head_dim // 16, config.num_warps * 2)))
 
 
 def _has_ptx() -> bool:

@@ -84,9 +84,7 @@ def finish_head(
             cos_value, sin_value = cos_value * heads.attention_factor, sin_value * heads.attention_factor
             first, second = rotate(first, second, cos_value, sin_value)
     if is_q:
-        place = out + (m.to(tl.int64) * stride_out)[None, :] + (head * HEAD_DIM + column)[:, None]
-        tl.store(place, first.to(out.dtype.element_ty), mask=in_m[None, :])
-        tl.store(place + HALF, second.to(out.dtype.element_ty), mask=in_m[None, :])
+        _keep(out + m.to(tl.int64) * stride_out + head * HEAD_DIM, first, second, None, in_m, 0)
     else:
         slot = tl.load(heads.slot_mapping + m, mask=in_m, other=0)
         is_kept = in_m & (slot // BLOCK_SIZE != heads.null_block)
