@@ -57,8 +57,10 @@ def test_tokens_and_log_probabilities_are_those_of_a_solo_run(tiny_llama_dir: Pa
     check_company_changes_nothing(torch_executor, tiny_llama_dir, NUM_BLOCKS, BLOCK_SIZE)
 
 
-def check_company_changes_nothing(make: MakeExecutor, directory: Path, num_blocks: int, block_size: int) -> None:
-    """Six sequences and a text to score in a pool that is too small for them, then each by itself."""
+def check_company_changes_nothing(
+    make: MakeExecutor, directory: Path, num_blocks: int, block_size: int, count: int = 6
+) -> None:
+    """Some sequences and a text to score in a pool that is too small for them, then each by itself."""
     scale = block_size // BLOCK_SIZE  # prompts that fill and share blocks of any size
     shared = [11, 45, 3, 99, 7, 23, 64, 5, 81] * scale
     requests = [
@@ -67,9 +69,9 @@ def check_company_changes_nothing(make: MakeExecutor, directory: Path, num_block
             prompt=[*shared[: (4 + number) * scale], number],
             sampling=SamplingParams(max_tokens=14, seed=number, temperature=number % 2 * 0.9, num_logprobs=0),
         )
-        for number in range(6)
+        for number in range(count)
     ]
-    scoring = SequenceRequest(id=6, prompt=[*shared, *range(12)], sampling=SamplingParams(max_tokens=1), score=True)
+    scoring = SequenceRequest(id=count, prompt=[*shared, *range(12)], sampling=SamplingParams(max_tokens=1), score=True)
     engine, together = run(
         make,
         directory,

@@ -1,4 +1,7 @@
-"""HEADRACE_BACKEND=triton as an operator sets it: the server as it is, in Triton's own interpreter or on a GPU."""
+"""HEADRACE_BACKEND=triton as an operator sets it: the server as it is, in Triton's own interpreter or on a GPU.
+
+A GPU, or Triton's interpreter only: ttsem has no driver that the executor could ask.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The engine on the GPU back end, one step in flight: company, chunks, hits and preemption change no token."""
+"""The engine on the GPU back end, one step in flight: company, chunks, hits and preemption change no token.
+
+A GPU, or Triton's interpreter only: ttsem has no driver that the executor could ask.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def test_tokens_and_log_probabilities_are_those_of_a_solo_run(tiny_llama_dir: Pa
     def make_executor(model: LoadedModel, num_blocks: int, block_size: int) -> Executor:
         return make(device, model, num_blocks, block_size)
 
-    check_company_changes_nothing(make_executor, tiny_llama_dir, 5, BLOCK)
+    check_company_changes_nothing(make_executor, tiny_llama_dir, 5, BLOCK, count=4)
 
 
 def test_a_cancelled_sequence_leaves_its_blocks_and_its_neighbour_alone(tiny_llama_dir: Path, device: str) -> None:

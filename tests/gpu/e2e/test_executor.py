@@ -1,6 +1,8 @@
 """The whole executor against the torch reference: architectures, quantised weights, 8-bit KV, padding, pending ids.
 
-Tolerances (support.TOLERANCE) are absolute, on logits of a few units.
+In float32 the tolerance (support.TOLERANCE) is absolute, on logits of a few units.
+
+A GPU, or Triton's interpreter only: ttsem has no driver that the executor could ask.
 """
 
 from __future__ import annotations
@@ -48,22 +50,27 @@ def test_logits_are_those_of_the_reference(
     executor, reference = gpu_executor(model, device), torch_executor(model)
     for batch in steps():
         want = reference.forward(batch)
-        np.testing.assert_allclose(executor.forward(batch), want, rtol=0, atol=TOLERANCE["fp32"])
+        np.testing.assert_allclose(executor.forward(batch), want, rtol=0, atol=TOLERANCE)
 
 
 def test_norms_and_rope_by_themselves_mean_the_same(smallest: LoadedModel, device: str) -> None:
     options = LowerOptions(has_norm_prologue=False, has_rope_epilogue=False)
     executor, reference = gpu_executor(smallest, device, lowering=options), torch_executor(smallest)
     for batch in steps():
-        np.testing.assert_allclose(executor.forward(batch), reference.forward(batch), rtol=0, atol=TOLERANCE["fp32"])
+        np.testing.assert_allclose(executor.forward(batch), reference.forward(batch), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("compute", "kv"), [("fp16", "fp16"), ("bf16", "bf16"), ("fp16", "fp8"), ("bf16", "int8")])
-def test_smaller_types_stay_close(smallest: LoadedModel, device: str, compute: str, kv: str) -> None:
+@pytest.mark.parametrize(
+    ("compute", "kv", "tolerance"),
+    [("fp16", "fp16", 0.005), ("bf16", "bf16", 0.04), ("fp16", "fp8", 0.15), ("bf16", "int8", 0.15)],
+)
+def test_smaller_types_stay_close(smallest: LoadedModel, device: str, compute: str, kv: str, tolerance: float) -> None:
+    """tolerance: of the error's norm, as a share of the logits'."""
     executor, reference = gpu_executor(smallest, device, compute_dtype=compute, kv_dtype=kv), torch_executor(smallest)
-    tolerance = TOLERANCE[compute] if kv == compute else 0.3
     for batch in steps():
-        np.testing.assert_allclose(executor.forward(batch), reference.forward(batch), rtol=0, atol=tolerance)
+        want = reference.forward(batch)
+        error = np.linalg.norm(executor.forward(batch) - want) / np.linalg.norm(want)
+        assert error < tolerance
 
 
 def test_tokens_and_logprobs_are_those_of_the_reference(smallest: LoadedModel, device: str) -> None:
@@ -88,7 +95,7 @@ def test_a_step_may_want_no_logits(smallest: LoadedModel, device: str) -> None:
     assert executor.execute(batch) == []
     reference.execute(batch)
     after = steps()[1]
-    np.testing.assert_allclose(executor.forward(after), reference.forward(after), rtol=0, atol=TOLERANCE["fp32"])
+    np.testing.assert_allclose(executor.forward(after), reference.forward(after), rtol=0, atol=TOLERANCE)
 
 
 def test_a_token_in_flight_is_named_by_its_row(smallest: LoadedModel, device: str) -> None:
@@ -137,7 +144,7 @@ def test_freed_blocks_reach_nobody(smallest: LoadedModel, device: str) -> None:
     for block in range(14):
         executor.poison(block)
     for batch in steps():
-        np.testing.assert_allclose(executor.forward(batch), reference.forward(batch), rtol=0, atol=TOLERANCE["fp32"])
+        np.testing.assert_allclose(executor.forward(batch), reference.forward(batch), rtol=0, atol=TOLERANCE)
 
 
 def test_nan_is_charged_to_its_own_row(smallest: LoadedModel, device: str) -> None:

@@ -1,4 +1,7 @@
-"""The server tests of the main suite that run a real model, on the triton back end (see conftest.py)."""
+"""The server tests of the main suite that run a real model, on the triton back end (see conftest.py).
+
+A GPU, or Triton's interpreter only: ttsem has no driver that the executor could ask.
+"""
 
 from __future__ import annotations
 
