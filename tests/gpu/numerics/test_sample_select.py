@@ -88,6 +88,13 @@ def test_each_penalty_alone_as_the_reference_rounds_it(device: str) -> None:
         check((rng.standard_normal((len(rows), 40)) * 2).astype(F32), rows, device)
 
 
+def test_an_id_outside_the_vocabulary_changes_no_neighbour(device: str) -> None:
+    logits = np.zeros((3, 40), F32)
+    logits[:, 7] = 1.0
+    bad = RowSampling(logit_bias=((47, 9.0), (-33, 9.0)), banned=(47,))
+    assert [result.token_id for result in run(logits, [RowSampling(), bad, RowSampling()], device)] == [7, 7, 7]
+
+
 def test_many_entries_in_one_row(device: str) -> None:
     rng = np.random.default_rng(4)
     ids = tuple(rng.integers(0, 3000, 2000).tolist())

@@ -101,14 +101,16 @@ def _select(
     shape: tuple[int, int, int, int],
 ) -> None:
     """The rows with penalties or filters."""
-    stride, _, num_rows, num_chunks = shape
+    stride, vocab_size, num_rows, num_chunks = shape
     num_entries = params.entries.shape[0]
     has_entries = num_entries > 0 or params.has_pending
     saved = workspace[NUM_PLANES * num_rows * num_chunks + 2 * num_rows :]
     touched = (logits, params.rows, params.entries, previous if params.has_pending else None, saved)
     if has_entries:
         # Without fused multiply-add, so that penalties round as in the reference.
-        adjust_kernel[(num_rows,)](*touched, stride, num_entries, BLOCK=_ENTRIES, num_warps=4, enable_fp_fusion=False)
+        adjust_kernel[(num_rows,)](
+            *touched, stride, vocab_size, num_entries, BLOCK=_ENTRIES, num_warps=4, enable_fp_fusion=False
+        )
     select_kernel[(num_rows,)](
         logits,
         params.rows,
@@ -119,7 +121,7 @@ def _select(
         num_warps=_NUM_WARPS,
     )
     if has_entries:
-        restore_kernel[(num_rows,)](*touched, stride, num_entries, BLOCK=_ENTRIES, num_warps=4)
+        restore_kernel[(num_rows,)](*touched, stride, vocab_size, num_entries, BLOCK=_ENTRIES, num_warps=4)
 
 
 def _check(logits: torch.Tensor, params: DeviceSampling, out: DeviceTokens, workspace: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ from headrace.kernels.sample.triton_fields import (
 
 
 @triton.jit
-def adjust_kernel(logits, rows, entries, previous, saved, stride, num_entries, BLOCK: tl.constexpr):
+def adjust_kernel(logits, rows, entries, previous, saved, stride, vocab_size, num_entries, BLOCK: tl.constexpr):
     """Program (row): save the logits of the row's entries, then change them. saved: float32 [E + S]."""
     row = tl.program_id(0)
     first, last = int_field(rows, row, FIRST_ENTRY), int_field(rows, row, LAST_ENTRY)
@@ -39,6 +39,7 @@ def adjust_kernel(logits, rows, entries, previous, saved, stride, num_entries, B
         entry = start + tl.arange(0, BLOCK)
         mask = entry < last
         token_id = tl.load(entries + 4 * entry, mask=mask, other=-2)
+        mask = mask & (token_id >= 0) & (token_id < vocab_size)  # an id of nothing must not write to a neighbour
         count = tl.load(entries + 4 * entry + 1, mask=mask, other=0)
         flags = tl.load(entries + 4 * entry + 2, mask=mask, other=0)
         bias = tl.load(entries + 4 * entry + 3, mask=mask, other=0).to(tl.float32, bitcast=True)
@@ -57,7 +58,7 @@ def adjust_kernel(logits, rows, entries, previous, saved, stride, num_entries, B
 
 
 @triton.jit
-def restore_kernel(logits, rows, entries, previous, saved, stride, num_entries, BLOCK: tl.constexpr):
+def restore_kernel(logits, rows, entries, previous, saved, stride, vocab_size, num_entries, BLOCK: tl.constexpr):
     """Program (row): put the logits back that `adjust_kernel` saved."""
     row = tl.program_id(0)
     first, last = int_field(rows, row, FIRST_ENTRY), int_field(rows, row, LAST_ENTRY)
@@ -72,6 +73,7 @@ def restore_kernel(logits, rows, entries, previous, saved, stride, num_entries, 
         entry = start + tl.arange(0, BLOCK)
         mask = entry < last
         token_id = tl.load(entries + 4 * entry, mask=mask, other=-2)
+        mask = mask & (token_id >= 0) & (token_id < vocab_size)  # an id of nothing must not write to a neighbour
         is_listed = tl.maximum(is_listed, tl.max((token_id == pending_id).to(tl.int32), axis=0))
         tl.store(line + token_id, tl.load(saved + entry, mask=mask, other=0.0), mask=mask)
     if (pending_id >= 0) & (is_listed == 0):
