@@ -14,7 +14,7 @@ from headrace.kernels.gpu.ops import Attention, GpuProgram
 from headrace.kernels.gpu.shape import StepLimits
 from headrace.kernels.gpu.weights import DeviceWeights
 from headrace.kernels.linear import triton as linear
-from headrace.kernels.linear.config import LinearConfig, default_config
+from headrace.kernels.linear.config import LinearConfig
 from headrace.kernels.linear.pack import PackedLinear
 from headrace.kernels.paged_attention import AttentionConfig
 from headrace.kernels.paged_attention.triton import workspace_bytes
@@ -145,7 +145,7 @@ class _LinearConfigs:
         return self.of(self._matrices[name], m)  # type: ignore[index]
 
     def of(self, matrix: PackedLinear, m: int) -> LinearConfig:
-        key = (matrix.kind, matrix.shape, matrix.group_size, matrix.is_gated, m)
+        key = (matrix.kind, matrix.shape, matrix.group_size, "zeros" in matrix.tensors, matrix.is_gated, m)
         config = self._known.get(key)
         if config is None:
             n, k = matrix.shape
@@ -159,7 +159,7 @@ class _LinearConfigs:
             found = tuning.lookup("linear", self._target.name, self._target.arch, m=m, **shape)
             if self._target.arch == "interpreter":
                 found = _INTERPRETED_LINEAR
-            config = LinearConfig(**{**asdict(default_config(matrix.kind, m)), **found})
+            config = LinearConfig(**{**asdict(linear.default_for(matrix, m)), **found})
             self._known[key] = config
         return config
 
@@ -167,7 +167,8 @@ class _LinearConfigs:
 def _linear_need(program: GpuProgram, weights: DeviceWeights, limits: StepLimits, configs: _LinearConfigs) -> int:
     """The most workspace that any product of a step needs."""
     kinds = {
-        (matrix.kind, matrix.shape, matrix.group_size, matrix.is_gated): matrix for matrix in weights.matrices.values()
+        (matrix.kind, matrix.shape, matrix.group_size, "zeros" in matrix.tensors, matrix.is_gated): matrix
+        for matrix in weights.matrices.values()
     }
     rows = sorted({min(m, limits.max_tokens) for m in (1, *range(16, limits.max_tokens + 16, 16))})
     return max(
