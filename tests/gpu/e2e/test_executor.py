@@ -12,11 +12,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from headrace.kernels.batch import PipelinedExecutor, RowSampling, StepBatch
+from headrace.kernels.gpu import warm
 from headrace.kernels.gpu.lower import LowerOptions
 from headrace.models.load import LoadedModel, load_model
 
 from tests.conftest import TinyModels
-from tests.gpu.e2e.support import BLOCK, TOLERANCE, gpu_executor, torch_executor
+from tests.gpu.e2e.support import BLOCK, NUM_BLOCKS, TOLERANCE, gpu_executor, torch_executor
 from tests.support.stepping import step_batch
 
 CASES = [
@@ -159,3 +160,14 @@ def test_what_does_not_fit_is_refused_before_anything_runs(smallest: LoadedModel
     with pytest.raises(ValueError, match="49 tokens"):
         executor.execute(step_batch([([1] * 49, 0, [0, 1, 2, 3])], BLOCK, last_only=True))
     executor.execute(steps()[0])
+
+
+def test_what_warms_up_leaves_nothing_behind(smallest: LoadedModel, device: str) -> None:
+    """The steps that compile all variants run on the null block alone, and through every way to sample."""
+    executor, reference = gpu_executor(smallest, device), torch_executor(smallest)
+    limits = replace(executor.limits, max_tokens=17)
+    for batch in warm.warm_up_batches(limits, null_block=NUM_BLOCKS):
+        limits.check(batch)
+        assert all(result.is_finite for result in executor.execute(batch))
+    for batch in steps():
+        np.testing.assert_allclose(executor.forward(batch), reference.forward(batch), rtol=0, atol=TOLERANCE)

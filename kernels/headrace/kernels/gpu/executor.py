@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 from headrace.kernels.batch import F32, ExecutorLostError, RowResult, RowSampling, StepBatch
-from headrace.kernels.gpu import attention, cache, memory, setup
+from headrace.kernels.gpu import attention, cache, memory, setup, warm
 from headrace.kernels.gpu.graphs import DecodeGraphs
 from headrace.kernels.gpu.lower import LowerOptions, lower
 from headrace.kernels.gpu.ops import WeightForm, form_of
@@ -108,6 +108,10 @@ class GpuExecutor:
         return f"triton-{self._target.arch}"
 
     @property
+    def limits(self) -> StepLimits:
+        return self._limits
+
+    @property
     def kv_block_bytes(self) -> int:
         """Of one block, all layers."""
         return memory.kv_block_bytes(self._program.kv, self._limits.block_size, self._options.kv_dtype)
@@ -143,17 +147,22 @@ class GpuExecutor:
         self._runner.caches = cache.allocate(layouts, num_blocks, size, dtype, self._device, scales)
 
     def warm_up(self, on_progress: Callable[[float], None] = lambda share: None) -> None:
-        """Compile all kernels and capture the decode steps, largest first, so that they share memory. Without a GPU
-        there is nothing to do: the interpreter compiles nothing."""
+        """Compile the kernels of prefill and sampling, which a request would else wait for, and capture the decode
+        steps, largest first, so that they share memory. Without a GPU there is nothing to do: the interpreter compiles
+        nothing."""
         if self._device.type != "cuda":
             on_progress(1.0)
             return
-        self._run_largest()
+        batches = warm.warm_up_batches(self._limits, self._num_blocks)
         sizes = ladder(self._limits.max_seqs) if self._options.has_graphs else ()
-        for done, size in enumerate(reversed(sizes)):
-            on_progress(done / len(sizes))
+        total = len(batches) + len(sizes)
+        for done, batch in enumerate(batches):
+            on_progress(done / total)
+            self.execute(batch)
+        for done, size in enumerate(reversed(sizes), len(batches)):
+            on_progress(done / total)
             shape = decode_shape(size, self._limits.max_model_len)
-            self._fill(setup.decode_batch(self._num_blocks, self._limits.block_size), size)
+            self._fill(warm.decode_batch(self._num_blocks, self._limits.block_size), size)
             self._graphs.capture(size, partial(self._runner.run, shape))
         torch.cuda.synchronize(self._device)
         on_progress(1.0)
@@ -205,7 +214,7 @@ class GpuExecutor:
         """Run the step program alone: the logits, float32 [S, vocab_size], and the batch's keys and values written."""
         self._limits.check(batch)
         shape = self._run(batch)
-        logits: F32 = self._runner.logits(shape).cpu().numpy().copy()
+        logits: F32 = self._runner.logits(shape)[: len(batch.logit_rows)].cpu().numpy().copy()
         return logits
 
     def replay(self, num_seqs: int) -> None:
@@ -256,14 +265,14 @@ class GpuExecutor:
 
     def _run_largest(self) -> None:
         """The largest prefill step, on the null block and block 0: compiles what a prefill needs."""
-        self._run(setup.prefill_batch(self._limits, self._num_blocks))
-        self._run(setup.decode_batch(self._num_blocks, self._limits.block_size))
+        self._run(warm.prefill_batch(self._limits, self._num_blocks))
+        self._run(warm.decode_batch(self._num_blocks, self._limits.block_size))
 
     def _calibrate(self) -> list[cache.KvScales]:
         """Scales for 8-bit keys and values: the largest of each head over a fixed random text, with a margin; larger
         values saturate. The text runs through blocks of the compute dtype."""
         dtype = cache.COMPUTE[self._options.compute_dtype]
-        batch = setup.calibration_batch(self._limits, self._program.vocab_size, is_short=self._device.type != "cuda")
+        batch = warm.calibration_batch(self._limits, self._program.vocab_size, is_short=self._device.type != "cuda")
         num_blocks, self._num_blocks = self._num_blocks, batch.block_tables.shape[1]
         self._runner.caches = cache.allocate(
             self._program.kv, self._num_blocks, self._limits.block_size, dtype, self._device

@@ -1,4 +1,4 @@
-"""What the executor looks up once, when it is made: device, workspaces, tuned block sizes, steps to warm up with."""
+"""What the executor looks up once, when it is made: the device, workspaces, tuned block sizes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from headrace.kernels.batch import StepBatch
 from headrace.kernels.gpu import attention, device, memory, tuning
+from headrace.kernels.gpu.memory import ITEM_BYTES
 from headrace.kernels.gpu.ops import Attention, GpuProgram
 from headrace.kernels.gpu.shape import StepLimits
 from headrace.kernels.gpu.weights import DeviceWeights
 from headrace.kernels.linear import triton as linear
 from headrace.kernels.linear.config import LinearConfig
 from headrace.kernels.linear.pack import PackedLinear
-from headrace.kernels.paged_attention import AttentionConfig
+from headrace.kernels.paged_attention import AttentionConfig, default_config
 from headrace.kernels.paged_attention.triton import workspace_bytes
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def launching(
         is_interpreted=target.capability is None,
     )
     choice = attention.choose(use, options.attention)
-    config = attention_config(ops[0], limits.block_size, options.kv_dtype, target)
+    config = attention_config(ops[0], limits.block_size, options, target)
     linear_config = _LinearConfigs(weights.matrices, target)
     need = max(_attention_need(op, config, limits.max_seqs, 1, limits.max_model_len) for op in ops)
     least = max(_attention_need(op, config, 1, limits.max_tokens, limits.max_model_len) for op in ops)
@@ -100,18 +99,23 @@ def launching(
     )
 
 
-def attention_config(op: Attention, block_size: int, kv_dtype: str, target: Target) -> AttentionConfig:
+def attention_config(op: Attention, block_size: int, options: GpuOptions, target: Target) -> AttentionConfig:
     """The tuned config of the model's attention, or the default; its tile is at most a block."""
     shape: dict[str, int | str] = {
         "head_dim": op.head_dim,
         "group": op.num_heads // op.num_kv_heads,
-        "kv_dtype": kv_dtype,
+        "kv_dtype": options.kv_dtype,
         "block_size": block_size,
     }
     found = tuning.lookup("paged_attention", target.name, target.arch, m=1, **shape)
-    default = AttentionConfig()
-    config = replace(default, block_n=min(default.block_n, block_size))
-    return replace(config, **found)
+    default = default_config(
+        head_dim=op.head_dim,
+        compute_bytes=ITEM_BYTES[options.compute_dtype],
+        kv_bytes=ITEM_BYTES[options.kv_dtype],
+        block_size=block_size,
+        arch=target.arch,
+    )
+    return replace(default, **found)
 
 
 def attention_bytes(program: GpuProgram, launch: Launching, num_seqs: int, max_query_len: int, max_seq_len: int) -> int:
@@ -186,37 +190,3 @@ def activation_bytes(program: GpuProgram, limits: StepLimits, options: GpuOption
         rows = limits.max_tokens if buffer.rows == "tokens" else limits.max_logit_rows
         total += rows * buffer.width * (4 if buffer.name == program.logits else item)
     return total
-
-
-def decode_batch(null_block: int, block_size: int) -> StepBatch:
-    """One decode row on the null block."""
-    zero = np.zeros(1, np.int32)
-    table = np.full((1, 1), null_block, np.int32)
-    slot = np.array([null_block * block_size], np.int32)
-    return StepBatch(zero, zero, slot, np.array([0, 1], np.int32), zero + 1, table, zero, ())
-
-
-def prefill_batch(limits: StepLimits, null_block: int) -> StepBatch:
-    """The largest prefill step, all of it on the null block; the logits of one row."""
-    length = min(limits.max_tokens, limits.max_model_len)
-    positions = np.arange(length, dtype=np.int32)
-    blocks = -(-length // limits.block_size)
-    return StepBatch(
-        token_ids=np.zeros(length, np.int32),
-        positions=positions,
-        slot_mapping=np.full(length, null_block * limits.block_size, np.int32),
-        cu_seqlens_q=np.array([0, length], np.int32),
-        seq_lens=np.array([length], np.int32),
-        block_tables=np.full((1, blocks), null_block, np.int32),
-        logit_rows=np.array([length - 1], np.int32),
-        sampling=(),
-    )
-
-
-def calibration_batch(limits: StepLimits, vocab_size: int, *, is_short: bool) -> StepBatch:
-    """A prefill step of random tokens, always the same, in blocks 0, 1, 2, ..."""
-    length = min(limits.max_tokens, limits.max_model_len, 32 if is_short else 512)
-    batch = prefill_batch(replace(limits, max_tokens=length), null_block=0)
-    tokens = np.random.default_rng(20).integers(0, vocab_size, length).astype(np.int32)
-    tables = np.arange(batch.block_tables.shape[1], dtype=np.int32)[None]
-    return replace(batch, token_ids=tokens, slot_mapping=batch.positions, block_tables=tables)
