@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from headrace.kernels.paged_attention import AttentionConfig
+from headrace.kernels.paged_attention import AttentionConfig, default_config
 from headrace.kernels.paged_attention.triton import paged_attention
 
 from tests.gpu.aot.cases import Case
@@ -31,7 +31,14 @@ def attend(
     config: AttentionConfig | None = None,
 ) -> None:
     """One call for `num_seqs` sequences of up to MAX_SEQ_LEN positions and `query_len` rows each."""
-    config = AttentionConfig() if config is None else config
+    if config is None:
+        config = default_config(
+            head_dim=head_dim,
+            compute_bytes=2,
+            kv_bytes=2 if kv == "bf16" else 1,
+            block_size=BLOCK_SIZE,
+            arch=f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch),
+        )
     types = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8-bits": torch.uint8}
     caches = [meta(1001, kv_heads, BLOCK_SIZE, head_dim, dtype=types[kv]) for _ in "kv"]
     scales = None if kv == "bf16" else meta(kv_heads, dtype=torch.float32)

@@ -70,7 +70,10 @@ class Sass:
         return dict(Counter(_shape(item) for item in found))
 
     def main_loop(self) -> tuple[Instruction, ...]:
-        """The innermost loop with most matrix instructions; without any, with most loads; then the longest."""
+        """The innermost loop with most matrix instructions, of equals the shortest: the others have masks for an edge.
+
+        Without any, the one with most loads; then the longest.
+        """
         innermost = [
             loop
             for loop in self.loops
@@ -87,7 +90,8 @@ def widths(body: Sequence[Instruction], names: Sequence[str]) -> dict[int, int]:
 
 def _weight(body: tuple[Instruction, ...]) -> tuple[int, int, int]:
     bases = [item.base for item in body]
-    return sum(base in MATRIX for base in bases), sum(base in (*LOADS, *BULK) for base in bases), len(body)
+    matrix = sum(base in MATRIX for base in bases)
+    return matrix, sum(base in (*LOADS, *BULK) for base in bases), -len(body) if matrix else len(body)
 
 
 def _shape(item: Instruction) -> str:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from headrace.kernels.paged_attention import AttentionConfig
+from headrace.kernels.paged_attention import AttentionConfig, default_config
 
 from tests.gpu.numerics.attention_case import Shape, check, run, sequence
 
@@ -91,3 +91,13 @@ def test_config_refusals() -> None:
     for parameters in ({"block_n": 48}, {"block_n": 8}, {"split": 100}, {"split_warps": 3}, {"max_programs": 0}):
         with pytest.raises(ValueError, match=next(iter(parameters))):
             AttentionConfig(**parameters)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("compute_bytes", [2, 4])
+def test_default_configs_sum_alike_on_every_gpu(head_dim: int, compute_bytes: int) -> None:
+    """What changes a row's bits follows from the model, not from the GPU it happens to run on."""
+    for kv_bytes in (1, compute_bytes):
+        shape = {"head_dim": head_dim, "compute_bytes": compute_bytes, "kv_bytes": kv_bytes, "block_size": 64}
+        configs = [default_config(**shape, arch=arch) for arch in ("", "sm_80", "sm_90", "sm_100", "gfx942")]
+        assert len({(config.block_n, config.split) for config in configs}) == 1

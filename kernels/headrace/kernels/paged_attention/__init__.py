@@ -18,7 +18,7 @@ The contract of the GPU implementations (`triton.paged_attention`, `flash.paged_
   and the model's `AttentionConfig`; never on its neighbours in the batch.
 """
 
-from headrace.kernels.paged_attention.config import AttentionConfig
+from headrace.kernels.paged_attention.config import AttentionConfig, default_config
 from headrace.kernels.paged_attention.reference import (
     MAX_GROUP_SCORES,
     AttentionGroup,
@@ -33,6 +33,7 @@ __all__ = [
     "AttentionConfig",
     "AttentionGroup",
     "AttentionShape",
+    "default_config",
     "kv_write",
     "paged_attention",
     "plan_attention",

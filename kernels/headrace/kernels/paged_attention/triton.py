@@ -107,12 +107,15 @@ def paged_attention(
     partial, stats = _partials(workspace, num_seqs * rows_per_seq * num_heads, num_splits, head_dim, out)
     turns = -(-config.max_programs // (num_seqs * num_kv_heads))
     grid = num_seqs, num_kv_heads, min(num_splits, turns)
-    for block_m, min_queries in ((small, 1), (large, small // group + 1)):
+    for block_m, min_queries, warps, stages in (
+        (small, 1, config.split_warps, config.split_stages),
+        (large, small // group + 1, config.verify_warps, config.verify_stages),
+    ):
         if min_queries <= min(max_query_len, block_m // group):
             split_kernel[grid](
                 q, k_cache, v_cache, out, partial, stats, cu_seqlens_q, seq_lens, block_tables, k_scale, v_scale, rate,
                 cap, window, *strides, rows_per_seq, num_heads, num_splits, BLOCK_M=block_m, MIN_QUERIES=min_queries,
-                SPLIT=config.split, STAGES=config.split_stages, num_warps=config.split_warps, **kinds,
+                SPLIT=config.split, STAGES=stages, num_warps=warps, **kinds,
             )  # fmt: skip
     if num_splits > 1:
         # In a mixed batch most sequences have one row, and nobody knows the others' number without asking the device.
