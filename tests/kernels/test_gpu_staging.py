@@ -79,7 +79,10 @@ def test_attention_is_called_on_decode_rows_and_chunks_apart() -> None:
     narrow = shape_of(batch, lambda num_seqs, max_query_len, max_seq_len: num_seqs * max_query_len <= 5)
     assert [(call.begin, call.end) for call in narrow.attention] == [(0, 2), (2, 3), (3, 4)]
     decode = step_batch([([1], 8, [1]), ([2], 3, [1])], 64)
-    assert shape_of(decode, lambda *sizes: True) == decode_shape(2, 9)
+    assert shape_of(decode, lambda *sizes: True) == decode_shape(2, 9, lambda *sizes: True)
+    shape = decode_shape(7, 100, lambda num_seqs, max_query_len, max_seq_len: num_seqs <= 2)
+    assert [(call.begin, call.end) for call in shape.attention] == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    assert shape.selects_all
 
 
 def test_the_ladder_ends_at_the_most_sequences() -> None:

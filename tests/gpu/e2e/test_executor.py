@@ -7,12 +7,14 @@ A GPU, or Triton's interpreter only: ttsem has no driver that the executor could
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from headrace.kernels.batch import PipelinedExecutor, RowSampling, StepBatch
 from headrace.kernels.gpu import warm
+from headrace.kernels.gpu.graphs import DecodeGraphs
 from headrace.kernels.gpu.lower import LowerOptions
 from headrace.models.load import LoadedModel, load_model
 
@@ -138,6 +140,43 @@ def test_rows_are_bit_equal_whatever_runs_beside_them(smallest: LoadedModel, dev
         executor.poison(block)
     executor.forward(step_batch([([8] * 2, 0, [2 + i]) for i in range(4)], BLOCK, last_only=True))
     np.testing.assert_array_equal(executor.forward(crowd)[2], want)
+
+
+class EagerGraphs(DecodeGraphs):
+    """Graphs without CUDA: a captured step is run again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: dict[int, Callable[[], None]] = {}
+        self.replayed: list[int] = []
+
+    def capture(self, size: int, run: Callable[[], None]) -> None:
+        run()
+        self.runs[size] = run
+        self._sizes = sorted(self.runs)
+
+    def replay(self, size: int) -> None:
+        self.replayed.append(size)
+        self.runs[size]()
+
+
+def test_decode_steps_are_padded_to_a_captured_size(smallest: LoadedModel, device: str) -> None:
+    executor, reference = gpu_executor(smallest, device), torch_executor(smallest)
+    graphs = executor._graphs = EagerGraphs()
+    executor.capture_decode()
+    assert sorted(graphs.runs) == [1, 2, 4, 6]
+    for block in range(NUM_BLOCKS):
+        executor.poison(block)
+    first, second, third = steps()
+    sampling = tuple(RowSampling(position=21 - 17 * row, num_logprobs=1) for row in range(2))
+    three = step_batch([([2], 21, [9, 2]), ([46], 4, [4]), ([5], 0, [6])], BLOCK)
+    for batch in (first, second, replace(third, sampling=sampling), three):
+        want = reference.forward(batch)
+        np.testing.assert_allclose(executor.forward(batch), want, rtol=0, atol=TOLERANCE)
+        got = executor.execute(batch)
+        assert [result.token_id for result in got] == want.argmax(1).tolist()
+        assert all(result.is_finite for result in got)
+    assert graphs.replayed == [2, 2, 4, 4]
 
 
 def test_freed_blocks_reach_nobody(smallest: LoadedModel, device: str) -> None:

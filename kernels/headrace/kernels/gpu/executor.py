@@ -154,18 +154,24 @@ class GpuExecutor:
             on_progress(1.0)
             return
         batches = warm.warm_up_batches(self._limits, self._num_blocks)
-        sizes = ladder(self._limits.max_seqs) if self._options.has_graphs else ()
-        total = len(batches) + len(sizes)
         for done, batch in enumerate(batches):
-            on_progress(done / total)
+            on_progress(0.5 * done / len(batches))
             self.execute(batch)
-        for done, size in enumerate(reversed(sizes), len(batches)):
-            on_progress(done / total)
-            shape = decode_shape(size, self._limits.max_model_len)
-            self._fill(warm.decode_batch(self._num_blocks, self._limits.block_size), size)
-            self._graphs.capture(size, partial(self._runner.run, shape))
+        if self._options.has_graphs:
+            self.capture_decode(lambda share: on_progress(0.5 + 0.5 * share))
         torch.cuda.synchronize(self._device)
         on_progress(1.0)
+
+    def capture_decode(self, on_progress: Callable[[float], None] = lambda share: None) -> None:
+        """Capture the decode step of every size of the ladder; part of `warm_up`."""
+        sizes = ladder(self._limits.max_seqs)
+        for done, size in enumerate(reversed(sizes)):
+            on_progress(done / len(sizes))
+            self._fill(warm.decode_batch(self._num_blocks, self._limits.block_size), size)
+            self._graphs.capture(size, partial(self._runner.run, self._captured_shape(size)))
+
+    def _captured_shape(self, size: int) -> StepShape:
+        return decode_shape(size, self._limits.max_model_len, self._fits)
 
     def summary(self) -> str:
         """One line for the log: where the memory went, what computes attention, how many graphs there are."""
@@ -248,7 +254,7 @@ class GpuExecutor:
             self._runner.run(shape)
             return shape
         self._graphs.replay(size)
-        return decode_shape(size, self._limits.max_model_len)
+        return self._captured_shape(size)
 
     def _fill(self, batch: StepBatch, num_seqs: int, sampling: tuple[RowSampling, ...] = ()) -> None:
         self._staging.fill(batch, num_seqs=num_seqs, null_block=self._num_blocks)

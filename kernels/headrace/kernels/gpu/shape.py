@@ -68,9 +68,14 @@ class StepShape:
 Fits = Callable[[int, int, int], bool]  # (sequences, longest query, longest sequence) -> the workspace is enough
 
 
-def decode_shape(num_seqs: int, max_seq_len: int) -> StepShape:
-    """A step of one row for each of `num_seqs` sequences."""
-    return StepShape(num_seqs, num_seqs, num_seqs, (AttentionCall(0, num_seqs, 1, max_seq_len),))
+def decode_shape(num_seqs: int, max_seq_len: int, fits: Fits) -> StepShape:
+    """A step of one row for each of `num_seqs` sequences; attention is called once if the workspace is enough."""
+    share = num_seqs
+    while share > 1 and not fits(share, 1, max_seq_len):
+        share = (share + 1) // 2
+    begins = range(0, num_seqs, share)
+    calls = tuple(AttentionCall(begin, min(begin + share, num_seqs), 1, max_seq_len) for begin in begins)
+    return StepShape(num_seqs, num_seqs, num_seqs, calls)
 
 
 def shape_of(batch: StepBatch, fits: Fits) -> StepShape:
