@@ -37,6 +37,7 @@ def attend(
             compute_bytes=2,
             kv_bytes=2 if kv == "bf16" else 1,
             block_size=BLOCK_SIZE,
+            has_window_or_cap=window > 0 or soft_cap > 0.0,
             arch=f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch),
         )
     types = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8-bits": torch.uint8}
@@ -63,6 +64,11 @@ def attend(
         workspace=meta(1 << 30, dtype=torch.uint8),
         config=config,
     )
+
+
+def _default(target: Target, head_dim: int, kv_bytes: int) -> AttentionConfig:
+    arch = f"sm_{target.arch}" if target.is_cuda else str(target.arch)
+    return default_config(head_dim=head_dim, compute_bytes=2, kv_bytes=kv_bytes, block_size=BLOCK_SIZE, arch=arch)
 
 
 def cases() -> Iterator[Case]:
