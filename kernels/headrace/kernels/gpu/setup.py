@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from headrace.kernels.gpu import attention, device, memory, tuning
-from headrace.kernels.gpu.memory import ITEM_BYTES
 from headrace.kernels.gpu.ops import Attention, GpuProgram
 from headrace.kernels.gpu.shape import StepLimits
 from headrace.kernels.gpu.weights import DeviceWeights
@@ -85,7 +84,7 @@ def launching(
         is_interpreted=target.capability is None,
     )
     choice = attention.choose(use, options.attention)
-    config = attention_config(ops[0], limits.block_size, options, target)
+    config = attention_config(ops, limits.block_size, options, target)
     linear_config = _LinearConfigs(weights.matrices, target)
     need = max(_attention_need(op, config, limits.max_seqs, 1, limits.max_model_len) for op in ops)
     least = max(_attention_need(op, config, 1, limits.max_tokens, limits.max_model_len) for op in ops)
@@ -99,8 +98,9 @@ def launching(
     )
 
 
-def attention_config(op: Attention, block_size: int, options: GpuOptions, target: Target) -> AttentionConfig:
+def attention_config(ops: Sequence[Attention], block_size: int, options: GpuOptions, target: Target) -> AttentionConfig:
     """The tuned config of the model's attention, or the default; its tile is at most a block."""
+    op = ops[0]
     shape: dict[str, int | str] = {
         "head_dim": op.head_dim,
         "group": op.num_heads // op.num_kv_heads,
@@ -110,9 +110,10 @@ def attention_config(op: Attention, block_size: int, options: GpuOptions, target
     found = tuning.lookup("paged_attention", target.name, target.arch, m=1, **shape)
     default = default_config(
         head_dim=op.head_dim,
-        compute_bytes=ITEM_BYTES[options.compute_dtype],
-        kv_bytes=ITEM_BYTES[options.kv_dtype],
+        compute_bytes=memory.ITEM_BYTES[options.compute_dtype],
+        kv_bytes=memory.ITEM_BYTES[options.kv_dtype],
         block_size=block_size,
+        has_window_or_cap=any(op.window or op.soft_cap for op in ops),
         arch=target.arch,
     )
     return replace(default, **found)
@@ -184,7 +185,7 @@ def _linear_need(program: GpuProgram, weights: DeviceWeights, limits: StepLimits
 
 def activation_bytes(program: GpuProgram, limits: StepLimits, options: GpuOptions) -> int:
     """About what a model needs on the device besides weights and KV blocks: buffers and workspaces."""
-    item = memory.ITEM_BYTES[options.compute_dtype]
+    item = memory.memory.ITEM_BYTES[options.compute_dtype]
     total = _MAX_ATTENTION_WORKSPACE
     for buffer in program.buffers:
         rows = limits.max_tokens if buffer.rows == "tokens" else limits.max_logit_rows

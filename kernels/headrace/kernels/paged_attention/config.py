@@ -46,7 +46,13 @@ class AttentionConfig:
 
 
 def default_config(
-    *, head_dim: int, compute_bytes: int, kv_bytes: int, block_size: int, arch: str = ""
+    *,
+    head_dim: int,
+    compute_bytes: int,
+    kv_bytes: int,
+    block_size: int,
+    has_window_or_cap: bool = False,
+    arch: str = "",
 ) -> AttentionConfig:
     """For a model's shape and types, without spilled registers on any of sm_80, 89, 90, 100 and gfx942.
 
@@ -61,7 +67,7 @@ def default_config(
     is_large = arch.startswith(("sm_9", "sm_1"))
     is_amd = arch.startswith("gfx")
     # 255 registers a thread hold the accumulators of 128 rows where a warp group keeps them, or where they are few.
-    is_roomy = is_large or (kv_bytes == 2 and head_dim in (64, 96, 128))
+    is_roomy = is_large or (kv_bytes == 2 and head_dim in (64, 128) and not has_window_or_cap)
     return AttentionConfig(
         block_n=block_n,
         # 256 registers of 512 a thread are all that eight wavefronts leave each other.
