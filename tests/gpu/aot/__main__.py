@@ -32,10 +32,13 @@ def main() -> int:
         if any(fnmatch(name, pattern) for pattern in patterns) and (case.is_quick or not args.quick)
     ]
     targets = [target.name for target in gate.targets_of(args.targets)]
-    rows = gate.compile_cases(names, targets, args.processes)
-    print(report.table(rows))
-    if args.update:
-        gate.write_baseline(rows, keep_others=bool(args.patterns or args.targets or args.quick))
+    rows = []
+    for target in targets:
+        new = gate.compile_cases(names, [target], args.processes)
+        print(report.table(new), flush=True)
+        if args.update:  # target by target: what a run got done is kept
+            gate.write_baseline(new, targets=[target], keep_others=bool(args.patterns or args.quick))
+        rows += new
     if not args.check:
         return 0
     found = gate.problems(rows)

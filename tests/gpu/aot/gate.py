@@ -179,13 +179,18 @@ def read_baseline() -> dict[str, dict[str, dict[str, int]]]:
     return data
 
 
-def write_baseline(rows: Iterable[CaseRow], *, keep_others: bool) -> None:
-    """Make these rows the baseline. keep_others: rows that were not compiled this time stay."""
-    data = read_baseline() if keep_others else {}
+def write_baseline(rows: Iterable[CaseRow], *, targets: Sequence[str], keep_others: bool) -> None:
+    """Make these rows the baseline of their targets. keep_others: rows that were not compiled this time stay."""
+    before = read_baseline()
+    data = {
+        key: {name: numbers for name, numbers in row.items() if keep_others or name not in targets}
+        for key, row in before.items()
+    }
     for item in rows:
         if not item.row.error:
             numbers = {"loop": item.row.loop, "ctas": item.row.ctas, "shared": item.row.shared}
             data.setdefault(item.key, {})[item.row.target] = numbers
+    data = {key: row for key, row in data.items() if row}
     lines = [f"{json.dumps(key)}: {json.dumps(dict(sorted(data[key].items())))}" for key in sorted(data)]
     temporary = BASELINE.with_suffix(f".{os.getpid()}")
     temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
