@@ -36,12 +36,13 @@ def default_config(kind: str, m: int, *, groups: int = 4, has_zeros: bool = True
 
     groups: of a block of K (`layout.BlockLayout`). With zeros too, a program keeps the most sums in registers.
     """
-    is_heavy = kind in ("int4", "int8") and groups > 1 and has_zeros
+    is_heavy = groups > 1 and has_zeros
     if m <= 16:
         is_wide = kind.startswith("fp8") or (kind == "int8" and is_heavy)
         return LinearConfig(16, 64, 4, 4) if is_wide else LinearConfig(16, 32, 2, 4)
-    if m <= 32 or is_heavy:
-        is_wide = kind.startswith("fp8") or is_heavy
+    is_int4_heavy = kind == "int4" and is_heavy
+    if m <= 32 or is_int4_heavy:
+        is_wide = kind.startswith("fp8") or is_int4_heavy
         shape = LinearConfig(32, 64, 4, 3) if is_wide else LinearConfig(32, 32, 2, 4)
         return replace(shape, split_programs=512 if m <= 64 else 0)
     if m <= 64:
