@@ -185,7 +185,7 @@ def _linear_need(program: GpuProgram, weights: DeviceWeights, limits: StepLimits
 
 def activation_bytes(program: GpuProgram, limits: StepLimits, options: GpuOptions) -> int:
     """About what a model needs on the device besides weights and KV blocks: buffers and workspaces."""
-    item = memory.memory.ITEM_BYTES[options.compute_dtype]
+    item = memory.ITEM_BYTES[options.compute_dtype]
     total = _MAX_ATTENTION_WORKSPACE
     for buffer in program.buffers:
         rows = limits.max_tokens if buffer.rows == "tokens" else limits.max_logit_rows
