@@ -75,7 +75,7 @@ gpu-gates: $(DEV) ## all that is known of the GPU kernels without a GPU; ARGS=--
 	$(BIN)/python -m tests.gpu.gates $(ARGS)
 
 gpu-report: $(DEV) ## print the GPU kernels' machine code; write docs/KERNELS.md
-	$(BIN)/python -m tests.gpu.gates --report
+	$(BIN)/python -m tests.gpu.gates --report $(ARGS)
 
 check: lint types protos docs ## formats, lints, types, floors, contract, generated files
 	$(BIN)/buf lint

@@ -31,6 +31,7 @@ _TIMEOUT = 3600  # seconds; a kernel that hangs the interpreter must not hang CI
 TARGETS = ("cuda:90", "cuda:80", "cuda:89", "cuda:100", "hip:gfx942")
 _QUICK_TARGETS = ("cuda:90", "cuda:80")
 _QUICK_TTSEM = 2
+_PYTEST = ("-o", "timeout=900", "-p", "no:cacheprovider")  # a machine that does other things takes its time
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,14 @@ def steps(*, quick: bool) -> Iterator[Step]:
         name = path.relative_to("tests/gpu").with_suffix("")
         size = path.stat().st_size
         yield Step(
-            f"interpreter {name}", ("-m", "pytest", "-q", str(path)), TRITON, interprets=True, weight=size // 100
+            f"interpreter {name}",
+            ("-m", "pytest", "-q", *_PYTEST, str(path)),
+            TRITON,
+            interprets=True,
+            weight=size // 100,
         )
         if path.parent.name not in ("interpreter", "e2e") and "(interpreter only)" not in path.read_text():
-            command = ("-m", "ttsem.sanitize", "pytest", "-q", "-rs", str(path))
+            command = ("-m", "ttsem.sanitize", "pytest", "-q", "-rs", *_PYTEST, str(path))
             most = _QUICK_TTSEM if quick else 0
             yield Step(f"ttsem {name}", command, TTSEM, weight=size // 25, most=most)
 
@@ -91,7 +96,8 @@ def main() -> int:
     args = parser.parse_args()
     TRITON.set_up()
     if args.update or args.report:
-        module = ("tests.gpu.aot.document",) if args.report else ("tests.gpu.aot", "--update")
+        module = ["tests.gpu.aot.document"] if args.report else ["tests.gpu.aot", "--update"]
+        module += ["--quick"] if args.quick else []
         return subprocess.run([sys.executable, "-m", *module], env=TRITON.variables()).returncode
     wanted = [step for step in steps(quick=args.quick) if not args.only or any(part in step.name for part in args.only)]
     failed = 0

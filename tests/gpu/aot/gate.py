@@ -78,7 +78,7 @@ WAIVERS = (
         "packed_kernel",
         "*",
         "wide",
-        "a tile is one head of 128 rows, which 8 warps share: 8 bytes of packed weights a thread; sectors are still used whole",
+        "a tile is a head of 128 rows that 8 warps share: 8 bytes of packed weights a thread, sectors used whole",
     ),
     Waiver(
         "rms_norm/plain/*",
