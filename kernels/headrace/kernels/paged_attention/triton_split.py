@@ -62,7 +62,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, stats_ptr, cu_seqlen
         peak, total, acc0, acc1 = attend(
             lo, hi, context, seq_len - 1, q0, q1, k_ptr + kv_head * k_step_h, v_ptr + kv_head * v_step_h, table, k_step,
             v_step, context + token, window, rate, cap, BLOCK_M, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP,
-            WINDOW, INLINE_ASM, True, STAGES,
+            WINDOW, INLINE_ASM, BLOCK_M <= 32, STAGES,
         )  # fmt: skip
         if split_hi - split_lo == 1:
             factor = (v_scale / tl.where(is_row, total, 1.0))[:, None]
