@@ -1,7 +1,7 @@
 """Op: counter-based random numbers, Philox4x32-10, and the Gumbel noise that sampling adds to logits.
 
-Called by `sample/reference.py`. No state: a number is a pure function of (seed, position, token id), so the token drawn at a
-position depends on seed and prefix alone, whatever else is in the batch and wherever the sequence runs.
+Called by `sample/reference.py`. No state: a number is a pure function of (seed, position, token id), so the token
+drawn at a position depends on seed and prefix alone, whatever else is in the batch and wherever the sequence runs.
 """
 
 from __future__ import annotations
