@@ -126,6 +126,11 @@ def test_block_sizes_do_not_change_bits(name: str, config: LinearConfig, device:
     assert torch.equal(got, case.run(x))
 
 
+@pytest.mark.parametrize("rows", [64, 130, 192])
+def test_tiles_wider_than_those_stored(rows: int, device: str) -> None:
+    quant_case("int8", rows, 128, 32, "none", HALF, config=LinearConfig(16, 128, 4, 2)).check(2, device)
+
+
 def test_weights_are_read_once(device: str) -> None:
     if device != "cpu":
         pytest.skip("only the interpreter counts bytes")

@@ -67,7 +67,7 @@ def packed_kernel(
     per_chunk = (num_blocks + SPLITS - 1) // SPLITS
     if SPLIT_GRID or SPLITS == 1:
         total, squares = _sum_blocks(
-            x, words, scales, zeros, norm_weight, tile_n, tile_m, M, K, num_blocks, stride_x,
+            x, words, scales, zeros, norm_weight, tile_n, tile_m, M, num_rows, K, num_blocks, stride_x,
             chunk * per_chunk, tl.minimum(chunk * per_chunk + per_chunk, num_blocks),
             PLANES, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INLINE_ASM,
         )  # fmt: skip
@@ -76,7 +76,7 @@ def packed_kernel(
         squares = tl.zeros([BLOCK_M], tl.float32)
         for part in tl.range(0, SPLITS):
             acc, sq = _sum_blocks(
-                x, words, scales, zeros, norm_weight, tile_n, tile_m, M, K, num_blocks, stride_x,
+                x, words, scales, zeros, norm_weight, tile_n, tile_m, M, num_rows, K, num_blocks, stride_x,
                 part * per_chunk, tl.minimum(part * per_chunk + per_chunk, num_blocks),
                 PLANES, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INLINE_ASM,
             )  # fmt: skip
@@ -99,6 +99,7 @@ def _sum_blocks(
     tile_n,
     tile_m,
     M,
+    num_rows,
     K,
     num_blocks,
     stride_x,
@@ -118,7 +119,10 @@ def _sum_blocks(
     PER_GROUP: tl.constexpr = PLANES // GROUPS
     dtype: tl.constexpr = x.dtype.element_ty
     row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    stored = (row // TILE).to(tl.int64) * num_blocks  # the tile's first block
+    tile = row // TILE
+    if BLOCK_N > TILE:  # there may be no last tile for the last rows, which nobody stores
+        tile = tl.minimum(tile, (num_rows - 1) // TILE)
+    stored = tile.to(tl.int64) * num_blocks  # the tile's first block
     column = tl.arange(0, WORDS)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = (m < M)[:, None]
