@@ -81,6 +81,13 @@ WAIVERS = (
         "a tile is a head of 128 rows that 8 warps share: 8 bytes of packed weights a thread, sectors used whole",
     ),
     Waiver(
+        "linear/*",
+        "packed_kernel",
+        "hip:gfx942",
+        "wide",
+        "16 bytes of words of a wave's 64 lanes are more than a tile's row; 8 bytes a lane are 512 a wave, in one piece",
+    ),
+    Waiver(
         "rms_norm/plain/*",
         "_rms_norm_kernel",
         "cuda:80",
