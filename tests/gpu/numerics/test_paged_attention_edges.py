@@ -55,7 +55,7 @@ def test_programs_take_turns_at_splits(device: str) -> None:
 
 def test_large_scores(device: str) -> None:
     """Scores of hundreds: without its maximum a softmax would overflow, and a masked score must stay the lowest."""
-    shape = Shape(scale=40.0)
+    shape = Shape(scale=40.0, dtype=torch.float16)
     sequences = [sequence(shape, length, rows, length) for length, rows in ((70, 1), (80, 50))]
     check(shape, sequences, run(shape, sequences, device))
 
