@@ -148,7 +148,7 @@ def _waivers() -> list[str]:
     if not gate.WAIVERS:
         return []
     lines = ["## Not reached", "", "Checks that the gate does not make of some kernels, and why.", ""]
-    lines += [f"- {w.case} ({w.kernel}, {w.target}), {w.check}: {w.reason}" for w in gate.WAIVERS]
+    lines += [f"- `{w.case}` (`{w.kernel}`, `{w.target}`), {w.check}: {w.reason}" for w in gate.WAIVERS]
     return [*lines, ""]
 
 
