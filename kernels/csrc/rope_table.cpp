@@ -6,7 +6,7 @@
 
 namespace headrace {
 
-// The angle is a product rounded to float32, as the reference has it (kernels/headrace/kernels/rope.py).
+// The angle is a product rounded to float32, as the reference has it (kernels/headrace/kernels/rope/reference.py).
 void rope_table(const RopeTableArgs& args, int begin, int end) {
   for (int row = begin; row < end; row++) {
     float* cosines = args.cos_sin + (int64_t)row * 2 * args.half;

@@ -1,5 +1,5 @@
-// Op: from logits to tokens and log-probabilities; the C++ twin of headrace/kernels/sample.py, which defines it.
-// Included by isa_body.h.
+// Op: from logits to tokens and log-probabilities; the C++ twin of headrace/kernels/sample/reference.py, which defines
+// it. Included by isa_body.h.
 //
 // The order is vLLM's: logit bias, penalties, banned tokens, temperature, then top-k, top-p of what top-k left, min-p.
 // A greedy row costs one pass over its logits. Weights are float32, their sums float64, scores and noise float64.
