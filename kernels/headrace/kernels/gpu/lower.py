@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from headrace.kernels.gpu.names import Names, replace_ops
+from headrace.kernels.gpu.names import names_of, replace_ops
 from headrace.kernels.gpu.ops import (
     Attention,
     Embed,
@@ -100,7 +100,7 @@ def _translate_op(op: Op, program: StepProgram) -> GpuOp:
 
 def fuse_gates(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuProgram:
     """Products for gate and up, then GatedActivation: one product with a gated matrix."""
-    names = Names(program)
+    names = names_of(program)
     specs = {spec.name: spec for spec in program.matrices}
 
     def match(ops: Sequence[GpuOp], i: int) -> tuple[Sequence[GpuOp], int] | None:
@@ -193,7 +193,7 @@ def _lay_out(program: GpuProgram) -> GpuProgram:
 
 def fuse_adds(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuProgram:
     """A product, then Add into the residual: the product adds."""
-    names = Names(program)
+    names = names_of(program)
 
     def match(ops: Sequence[GpuOp], i: int) -> tuple[Sequence[GpuOp], int] | None:
         if i + 2 > len(ops):
@@ -211,7 +211,7 @@ def fuse_adds(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuPr
 
 def fuse_rope(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuProgram:
     """Rope of q, Rope of k, KvWrite: one op, with the norms of q and k per head before it where there are any."""
-    names = Names(program)
+    names = names_of(program)
 
     def turn_and_write(ops: Sequence[GpuOp], i: int) -> tuple[Sequence[GpuOp], int] | None:
         three = [op for op in ops[i : i + 3] if isinstance(op, RopeKv)]
@@ -243,7 +243,7 @@ def fuse_rope(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuPr
 
 def fuse_norms(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuProgram:
     """A norm of whole rows, then the products that read it, and nobody else does: the products norm what they read."""
-    names = Names(program)
+    names = names_of(program)
 
     def match(ops: Sequence[GpuOp], i: int) -> tuple[Sequence[GpuOp], int] | None:
         norm = ops[i]
@@ -265,7 +265,7 @@ def fuse_norms(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuP
 
 def fuse_rope_epilogue(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuProgram:
     """The product of q, k and v, then RopeKv: the product turns and writes."""
-    names = Names(program)
+    names = names_of(program)
 
     def match(ops: Sequence[GpuOp], i: int) -> tuple[Sequence[GpuOp], int] | None:
         if i + 2 > len(ops):

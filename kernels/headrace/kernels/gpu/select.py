@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from headrace.kernels.gpu.names import Names
+from headrace.kernels.gpu.names import names_of
 from headrace.kernels.gpu.ops import Attention, Embed, GpuOp, GpuProgram, Product, RopeKv, View, reads, writes
 from headrace.kernels.program import Buffer, SelectRows
+from headrace.kernels.rewrite import Names
 
 
 def select_rows_early(program: GpuProgram) -> GpuProgram:
     """Move SelectRows up to the first place after the last attention where its input is all that is still needed."""
-    names = Names(program)
+    names = names_of(program)
     at = next((i for i, op in enumerate(program.ops) if isinstance(op, SelectRows)), None)
     if at is None:
         return program
@@ -37,7 +38,7 @@ def select_rows_early(program: GpuProgram) -> GpuProgram:
     )
 
 
-def _earliest(ops: Sequence[GpuOp], at: int, x: str, names: Names) -> int:
+def _earliest(ops: Sequence[GpuOp], at: int, x: str, names: Names[GpuOp]) -> int:
     """The first index from which on, up to `at`, no row looks at another and only x is read that was there before."""
     best = at
     needed: list[str] = [x]

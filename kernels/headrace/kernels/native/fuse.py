@@ -8,7 +8,7 @@ by whoever packs weights ahead of time (`ops.pack_specs` of the result).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from headrace.kernels.native.fuse_rows import select_rows_early
 from headrace.kernels.native.ops import (
@@ -42,6 +42,7 @@ from headrace.kernels.program import (
     SelectRows,
     StepProgram,
 )
+from headrace.kernels.rewrite import Names, replace_ops
 
 Rewrite = Callable[[NativeProgram, Mapping[str, WeightForm]], NativeProgram]
 
@@ -112,67 +113,21 @@ def _lower_op(op: Op, head_dims: Sequence[int]) -> NativeOp:
     return op
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Where a name lies: columns [begin, end) of a buffer."""
-
-    buffer: str
-    begin: int
-    end: int
-
-
-class _Names:
-    """Resolves the names of a program, and answers what happens to a buffer later on."""
-
-    def __init__(self, program: NativeProgram) -> None:
-        self._program = program
-        buffers: list[Buffer | QuantBuffer] = [*program.buffers, *program.quant_buffers]
-        self._columns = {buffer.name: _Columns(buffer.name, 0, buffer.width) for buffer in buffers}
-        self._columns |= {v.name: _Columns(v.buffer, v.column, v.column + v.width) for v in program.views}
-
-    def width(self, name: str) -> int:
-        columns = self._columns[name]
-        return columns.end - columns.begin
-
-    def overlap(self, a: str, b: str) -> bool:
-        """Whether two names share memory."""
-        x, y = self._columns[a], self._columns[b]
-        return x.buffer == y.buffer and x.begin < y.end and y.begin < x.end
-
-    def is_dead(self, name: str, index: int) -> bool:
-        """Whether nobody reads `name` at or after op `index` before all of it is written anew."""
-        mine = self._columns[name]
-        for op in self._program.ops[index:]:
-            if any(self.overlap(name, other) for other in reads(op)):
-                return False
-            for other in writes(op):
-                theirs = self._columns[other]
-                if theirs.buffer == mine.buffer and theirs.begin <= mine.begin and mine.end <= theirs.end:
-                    return True
-        return not self.overlap(name, self._program.logits)
+def _names(program: NativeProgram) -> Names[NativeOp]:
+    buffers: list[Buffer | QuantBuffer] = [*program.buffers, *program.quant_buffers]
+    return Names(buffers, program.views, program.ops, reads, writes, program.logits)
 
 
 _Match = Callable[[Sequence[NativeOp], int], "tuple[Sequence[NativeOp], int] | None"]
 
 
 def _replace(program: NativeProgram, match: _Match) -> NativeProgram:
-    """Go through the ops; where `match(ops, i)` gives (new ops, n), they take the place of the n ops from i on."""
-    ops: list[NativeOp] = []
-    index = 0
-    while index < len(program.ops):
-        found = match(program.ops, index)
-        if found is None:
-            ops.append(program.ops[index])
-            index += 1
-        else:
-            ops += found[0]
-            index += found[1]
-    return replace(program, ops=tuple(ops))
+    return replace(program, ops=replace_ops(program.ops, match))
 
 
 def quantize_once(program: NativeProgram, forms: Mapping[str, WeightForm]) -> NativeProgram:
     """Drop a Quantize whose result is still there."""
-    names = _Names(program)
+    names = _names(program)
     ops: list[NativeOp] = []
     valid: dict[str, str] = {}  # quantised buffer -> what it was made of
     for op in program.ops:
@@ -188,7 +143,7 @@ def quantize_once(program: NativeProgram, forms: Mapping[str, WeightForm]) -> Na
 
 def fuse_gates(program: NativeProgram, forms: Mapping[str, WeightForm]) -> NativeProgram:
     """Products for gate and up, then GatedActivation: one product with a gated matrix."""
-    names = _Names(program)
+    names = _names(program)
     specs: dict[str, PackSpec] = {spec.name: spec for spec in program.matrices}
 
     def match(ops: Sequence[NativeOp], i: int) -> tuple[Sequence[NativeOp], int] | None:
@@ -287,7 +242,7 @@ def _lay_out(program: NativeProgram) -> NativeProgram:
 
 def fuse_adds(program: NativeProgram, forms: Mapping[str, WeightForm]) -> NativeProgram:
     """A product, then Add into the residual: the product adds."""
-    names = _Names(program)
+    names = _names(program)
 
     def match(ops: Sequence[NativeOp], i: int) -> tuple[Sequence[NativeOp], int] | None:
         if i + 2 > len(ops):
@@ -307,7 +262,7 @@ def fuse_adds(program: NativeProgram, forms: Mapping[str, WeightForm]) -> Native
 
 def fuse_selection(program: NativeProgram, forms: Mapping[str, WeightForm]) -> NativeProgram:
     """SelectRows, then Norm: the norm reads the rows where they are."""
-    names = _Names(program)
+    names = _names(program)
 
     def match(ops: Sequence[NativeOp], i: int) -> tuple[Sequence[NativeOp], int] | None:
         if i + 2 > len(ops):
@@ -325,7 +280,7 @@ def fuse_selection(program: NativeProgram, forms: Mapping[str, WeightForm]) -> N
 def fuse_quantize(program: NativeProgram, forms: Mapping[str, WeightForm]) -> NativeProgram:
     """A norm, attention or gated product, then Quantize of its result: it quantises itself. The float32 result goes
     where nobody else reads it."""
-    names = _Names(program)
+    names = _names(program)
 
     def match(ops: Sequence[NativeOp], i: int) -> tuple[Sequence[NativeOp], int] | None:
         if i + 2 > len(ops):
@@ -348,7 +303,7 @@ def fuse_quantize(program: NativeProgram, forms: Mapping[str, WeightForm]) -> Na
 
 def fuse_rope(program: NativeProgram, forms: Mapping[str, WeightForm]) -> NativeProgram:
     """Rope of q, Rope of k, KvWrite: one op, with the norms of q and k per head before it where there are any."""
-    names = _Names(program)
+    names = _names(program)
 
     def turn_and_write(ops: Sequence[NativeOp], i: int) -> tuple[Sequence[NativeOp], int] | None:
         three = ops[i : i + 3]
