@@ -18,6 +18,7 @@ if IS_INTERPRETED:
 elif IS_TTSEM:
     Fault = sys.modules["__main__"].KernelFault  # `python -m ttsem.sanitize` runs that module as __main__
 else:
+    # They read and write where they must not: on a GPU that is undefined, and nothing would report it.
     pytest.skip("planted faults are for the checkers: this is a GPU", allow_module_level=True)
 
 

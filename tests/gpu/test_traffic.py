@@ -15,6 +15,7 @@ from headrace.kernels.quant import QuantTensor, pack_int4
 from tests.gpu.machine import IS_INTERPRETED
 
 if not IS_INTERPRETED:
+    # A GPU does not tell what a program asked for; `gates.py` runs this file in the interpreter.
     pytest.skip("bytes are counted by the interpreter only", allow_module_level=True)
 
 import numpy as np

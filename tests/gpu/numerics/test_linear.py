@@ -133,7 +133,7 @@ def test_tiles_wider_than_those_stored(rows: int, device: str) -> None:
 
 def test_weights_are_read_once(device: str) -> None:
     if device != "cpu":
-        pytest.skip("only the interpreter counts bytes")
+        pytest.skip("only the interpreter counts bytes")  # a GPU does not tell what a program asked for
     for case, argument in (
         (quant_case("int4", 128, 512, 32, "any", HALF, norm=True), "words"),
         (quant_case("int8", 128, 512, 32, "none", HALF), "words"),

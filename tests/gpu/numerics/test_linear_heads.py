@@ -153,7 +153,7 @@ def test_heads(heads: int, kv_heads: int, head_dim: int, kind: str, device: str)
 @pytest.mark.parametrize("cache", [torch.float16, torch.int8, torch.uint8, torch.float8_e4m3fn])
 def test_caches(cache: torch.dtype, device: str) -> None:
     if cache == torch.float8_e4m3fn and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this GPU has no fp8")
+        pytest.skip("this GPU has no fp8")  # before sm_89 Triton refuses the type; uint8, above, is what runs there
     check(heads_case(2, 2, 64, cache, "int4"), 6, device)
 
 
