@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace.server import telemetry
+from headrace.v1 import inference_pb2 as pb
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -74,8 +75,10 @@ async def test_the_callers_fault_is_no_error_of_the_server(counting: Bench, span
 
 
 async def test_a_cancelled_call_says_so(counting: Bench, spans: InMemorySpanExporter) -> None:
-    call = counting.stub.Session()
-    await call.initial_metadata()
+    call = counting.stub.Session()  # busy: an idle one may look half-closed before it looks cancelled
+    start = pb.SessionStart(generation_id="g", request=tokens_request(max_tokens=500))
+    await call.write(pb.SessionRequest(start=start))
+    await call.read()
     call.cancel()
     assert (await _span(spans)).attributes["rpc.response.status_code"] == "CANCELLED"
 

@@ -30,6 +30,10 @@ request_log = logging.getLogger("headrace.request")
 # How long past a client's own deadline we wait for its library to end the call before we end it ourselves.
 _DEADLINE_GRACE_SECONDS = 5.0
 
+# A cancelled call first looks half-closed (1 in 20 measured): its cancellation is told this much later at most, unless
+# the machine is busy. Without the wait a stream with nothing left to do would end, and be logged, as OK.
+_CANCEL_GRACE_SECONDS = 0.002
+
 
 class ClientGoneError(Exception):
     """The RPC has ended under the handler: cancelled, or its connection lost."""
@@ -182,6 +186,7 @@ async def _requests(
         except Exception as error:
             raise ClientGoneError from error
         if raw is grpc.aio.EOF:  # type: ignore[attr-defined]  # the stubs lack it
+            await asyncio.sleep(_CANCEL_GRACE_SECONDS)
             return
         yield _parse(request_class, raw)
 
