@@ -75,6 +75,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """A Session command cancelled this generation."""
     FINISH_REASON_ERROR: _FinishReason.ValueType  # 4
     """It failed; the RPC's status (or the Session's error event) says why."""
+    FINISH_REASON_INTERRUPTED: _FinishReason.ValueType  # 5
+    """A Session command interrupted it: its conversation goes on from what was heard."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """FinishReason says why a generation ended."""
@@ -89,6 +91,8 @@ FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
 """A Session command cancelled this generation."""
 FINISH_REASON_ERROR: FinishReason.ValueType  # 4
 """It failed; the RPC's status (or the Session's error event) says why."""
+FINISH_REASON_INTERRUPTED: FinishReason.ValueType  # 5
+"""A Session command interrupted it: its conversation goes on from what was heard."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -741,6 +745,10 @@ class SessionRequest(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
+    INTERRUPT_FIELD_NUMBER: _builtins.int
+    PAUSE_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    CREDIT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___SessionStart:
         """Start a generation, or a conversation with its first turn."""
@@ -761,6 +769,22 @@ class SessionRequest(_message.Message):
     def ping(self) -> Global___SessionPing:
         """Ask for a pong, which passes through the engine."""
 
+    @_builtins.property
+    def interrupt(self) -> Global___SessionInterrupt:
+        """Cut a generation short and go on from what was heard of it."""
+
+    @_builtins.property
+    def pause(self) -> Global___SessionPause:
+        """Stop computing a generation for now."""
+
+    @_builtins.property
+    def resume(self) -> Global___SessionResume:
+        """Go on with a paused generation."""
+
+    @_builtins.property
+    def credit(self) -> Global___SessionCredit:
+        """Let a generation send more tokens."""
+
     def __init__(
         self,
         *,
@@ -769,12 +793,16 @@ class SessionRequest(_message.Message):
         cancel: Global___SessionCancel | None = ...,
         update: Global___SessionUpdate | None = ...,
         ping: Global___SessionPing | None = ...,
+        interrupt: Global___SessionInterrupt | None = ...,
+        pause: Global___SessionPause | None = ...,
+        resume: Global___SessionResume | None = ...,
+        credit: Global___SessionCredit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "cancel", b"cancel", "command", b"command", "ping", b"ping", "start", b"start", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "cancel", b"cancel", "command", b"command", "credit", b"credit", "interrupt", b"interrupt", "pause", b"pause", "ping", b"ping", "resume", b"resume", "start", b"start", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "cancel", b"cancel", "command", b"command", "ping", b"ping", "start", b"start", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "cancel", b"cancel", "command", b"command", "credit", b"credit", "interrupt", b"interrupt", "pause", b"pause", "ping", b"ping", "resume", b"resume", "start", b"start", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "append", "cancel", "update", "ping"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "append", "cancel", "update", "ping", "interrupt", "pause", "resume", "credit"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -789,11 +817,16 @@ class SessionStart(_message.Message):
     GENERATION_ID_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
     CONVERSATION_ID_FIELD_NUMBER: _builtins.int
+    CREDIT_TOKENS_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """The caller's name for this generation on this stream, 1 to 128 bytes. In use already: ALREADY_EXISTS."""
     conversation_id: _builtins.str
     """Keep the conversation under this name for SessionAppend, 1 to 128 bytes; the prompt must be chat messages.
     Default (empty): nothing is kept. In use already: ALREADY_EXISTS.
+    """
+    credit_tokens: _builtins.int
+    """Tokens that the generation may send before it needs SessionCredit; out of credit it waits in the engine, with its
+    deadline running, and holds up nobody else. 0: it waits from the start. Default (absent): no limit.
     """
     @_builtins.property
     def request(self) -> Global___GenerateRequest:
@@ -805,12 +838,15 @@ class SessionStart(_message.Message):
         generation_id: _builtins.str = ...,
         request: Global___GenerateRequest | None = ...,
         conversation_id: _builtins.str = ...,
+        credit_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "credit_tokens", b"credit_tokens", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation_id", b"conversation_id", "generation_id", b"generation_id", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "conversation_id", b"conversation_id", "credit_tokens", b"credit_tokens", "generation_id", b"generation_id", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__credit_tokens: _TypeAlias = _typing.Literal["credit_tokens"]  # noqa: Y015
+    _WhichOneofArgType__credit_tokens: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__credit_tokens) -> _WhichOneofReturnType__credit_tokens | None: ...
 
 Global___SessionStart: _TypeAlias = SessionStart  # noqa: Y015
 
@@ -824,10 +860,13 @@ class SessionAppend(_message.Message):
     CONVERSATION_ID_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    CREDIT_TOKENS_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """The caller's name for the new generation, 1 to 128 bytes."""
     conversation_id: _builtins.str
     """The conversation to go on with. Unknown: NOT_FOUND. Its last generation must have ended."""
+    credit_tokens: _builtins.int
+    """As in SessionStart. Default (absent): no limit."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """The turns to add after the assistant's last answer, at least one."""
@@ -843,12 +882,15 @@ class SessionAppend(_message.Message):
         conversation_id: _builtins.str = ...,
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
         sampling: Global___SamplingParams | None = ...,
+        credit_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "credit_tokens", b"credit_tokens", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation_id", b"conversation_id", "generation_id", b"generation_id", "messages", b"messages", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens", "conversation_id", b"conversation_id", "credit_tokens", b"credit_tokens", "generation_id", b"generation_id", "messages", b"messages", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__credit_tokens: _TypeAlias = _typing.Literal["credit_tokens"]  # noqa: Y015
+    _WhichOneofArgType__credit_tokens: _TypeAlias = _typing.Literal["_credit_tokens", b"_credit_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__credit_tokens) -> _WhichOneofReturnType__credit_tokens | None: ...
 
 Global___SessionAppend: _TypeAlias = SessionAppend  # noqa: Y015
 
@@ -875,30 +917,184 @@ class SessionCancel(_message.Message):
 Global___SessionCancel: _TypeAlias = SessionCancel  # noqa: Y015
 
 @_typing.final
+class SessionInterrupt(_message.Message):
+    """SessionInterrupt ends a generation within a step, with FINISH_REASON_INTERRUPTED, and cuts its conversation to what
+    was heard of the answer: the next SessionAppend goes on from exactly those tokens, and their KV is reused. Tokens that
+    were computed and not sent are dropped. Unknown or ended: NOT_FOUND.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    HEARD_TOKENS_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """The generation to interrupt; it may be paused, or wait for credit."""
+    heard_tokens: _builtins.int
+    """How many of its tokens were heard. Range [0, tokens sent]. Default (absent): all that were sent."""
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+        heard_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_heard_tokens", b"_heard_tokens", "heard_tokens", b"heard_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_heard_tokens", b"_heard_tokens", "generation_id", b"generation_id", "heard_tokens", b"heard_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__heard_tokens: _TypeAlias = _typing.Literal["heard_tokens"]  # noqa: Y015
+    _WhichOneofArgType__heard_tokens: _TypeAlias = _typing.Literal["_heard_tokens", b"_heard_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__heard_tokens) -> _WhichOneofReturnType__heard_tokens | None: ...
+
+Global___SessionInterrupt: _TypeAlias = SessionInterrupt  # noqa: Y015
+
+@_typing.final
+class SessionPause(_message.Message):
+    """SessionPause stops computing a generation; tokens of the step under way still arrive. It takes no place in a batch
+    meanwhile and others may take its KV blocks, which are computed again then; its deadline runs on. Paused already: no
+    change. Unknown or ended: NOT_FOUND.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """The generation to pause."""
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionPause: _TypeAlias = SessionPause  # noqa: Y015
+
+@_typing.final
+class SessionResume(_message.Message):
+    """SessionResume goes on with a paused generation, token for token as if it had not been paused. Not paused: no change.
+    Unknown or ended: NOT_FOUND.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """The generation to go on with."""
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionResume: _TypeAlias = SessionResume  # noqa: Y015
+
+@_typing.final
+class SessionCredit(_message.Message):
+    """SessionCredit lets a generation that was started with credit_tokens send more tokens. Unknown or ended: NOT_FOUND.
+    Started without: FAILED_PRECONDITION, reason CREDIT_UNLIMITED.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """The generation that may go on."""
+    tokens: _builtins.int
+    """How many more tokens it may send. At least 1; all that was ever granted to it, together: at most 4,294,967,295."""
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionCredit: _TypeAlias = SessionCredit  # noqa: Y015
+
+@_typing.final
+class StopConditions(_message.Message):
+    """StopConditions say when a generation stops; their fields mean what those of SamplingParams mean."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STOP_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    ignore_eos: _builtins.bool
+    """Go on past the model's end-of-sequence tokens. Default false."""
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Stop when the text contains one of these. At most 16 strings of 1 to 256 bytes. Default empty."""
+
+    @_builtins.property
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Stop when one of these tokens is chosen. At most 64 ids. Default empty."""
+
+    def __init__(
+        self,
+        *,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+        stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        ignore_eos: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignore_eos", b"ignore_eos", "stop", b"stop", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopConditions: _TypeAlias = StopConditions  # noqa: Y015
+
+@_typing.final
 class SessionUpdate(_message.Message):
-    """SessionUpdate changes a running generation. Unknown or ended: NOT_FOUND."""
+    """SessionUpdate changes a running generation within a step; at least one change must be set. Unknown or ended:
+    NOT_FOUND.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GENERATION_ID_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    STOP_CONDITIONS_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """The generation to change."""
     max_tokens: _builtins.int
     """The new limit of generated tokens, counted from its start; at or below what it has: it ends with
-    FINISH_REASON_LENGTH. Range [1, context length - prompt tokens]. Required.
+    FINISH_REASON_LENGTH. Range [1, context length - prompt tokens]. Default (absent): it stays.
     """
+    @_builtins.property
+    def stop_conditions(self) -> Global___StopConditions:
+        """Take the place of all stop conditions that it has. Stop strings are looked for from the first text on that has not
+        been sent, stop tokens among tokens not yet chosen. Default (absent): they stay.
+        """
+
     def __init__(
         self,
         *,
         generation_id: _builtins.str = ...,
-        max_tokens: _builtins.int = ...,
+        max_tokens: _builtins.int | None = ...,
+        stop_conditions: Global___StopConditions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "max_tokens", b"max_tokens", "stop_conditions", b"stop_conditions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id", "max_tokens", b"max_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "generation_id", b"generation_id", "max_tokens", b"max_tokens", "stop_conditions", b"stop_conditions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
 
 Global___SessionUpdate: _TypeAlias = SessionUpdate  # noqa: Y015
 

@@ -89,8 +89,10 @@ class InferenceServiceServicer:
 
     def Session(self, request_iterator, context):
         """Session multiplexes many generations on one bidirectional stream: start, append a turn to a conversation whose
-        KV blocks stay cached, cancel one, change its max_tokens, ping. A failed command answers with an `error` event
-        and leaves the stream open. Half-closing the stream lets what runs finish; cancelling it cancels everything.
+        KV blocks stay cached, interrupt, cancel, pause, resume or change a generation, grant it credit, ping. A failed
+        command answers with an `error` event and leaves the stream open. Half-closing the stream lets what runs finish;
+        cancelling it cancels everything. With nothing running and no command for the server's idle time (600 s unless
+        set), the stream ends with ABORTED, reason SESSION_IDLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -49,8 +49,10 @@ class InferenceServiceStub:
     """Complete is Generate without the stream: it answers once, when all `n` generations have finished."""
     Session: _grpc.StreamStreamMultiCallable[_inference_pb2.SessionRequest, _inference_pb2.SessionResponse]
     """Session multiplexes many generations on one bidirectional stream: start, append a turn to a conversation whose
-    KV blocks stay cached, cancel one, change its max_tokens, ping. A failed command answers with an `error` event
-    and leaves the stream open. Half-closing the stream lets what runs finish; cancelling it cancels everything.
+    KV blocks stay cached, interrupt, cancel, pause, resume or change a generation, grant it credit, ping. A failed
+    command answers with an `error` event and leaves the stream open. Half-closing the stream lets what runs finish;
+    cancelling it cancels everything. With nothing running and no command for the server's idle time (600 s unless
+    set), the stream ends with ABORTED, reason SESSION_IDLE.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Tokenize turns text or chat messages into the token ids that Generate would compute."""
@@ -72,8 +74,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Complete is Generate without the stream: it answers once, when all `n` generations have finished."""
     Session: _aio.StreamStreamMultiCallable[_inference_pb2.SessionRequest, _inference_pb2.SessionResponse]  # type: ignore[assignment]
     """Session multiplexes many generations on one bidirectional stream: start, append a turn to a conversation whose
-    KV blocks stay cached, cancel one, change its max_tokens, ping. A failed command answers with an `error` event
-    and leaves the stream open. Half-closing the stream lets what runs finish; cancelling it cancels everything.
+    KV blocks stay cached, interrupt, cancel, pause, resume or change a generation, grant it credit, ping. A failed
+    command answers with an `error` event and leaves the stream open. Half-closing the stream lets what runs finish;
+    cancelling it cancels everything. With nothing running and no command for the server's idle time (600 s unless
+    set), the stream ends with ABORTED, reason SESSION_IDLE.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize turns text or chat messages into the token ids that Generate would compute."""
@@ -110,8 +114,10 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.SessionResponse], _abc.AsyncIterator[_inference_pb2.SessionResponse]]:
         """Session multiplexes many generations on one bidirectional stream: start, append a turn to a conversation whose
-        KV blocks stay cached, cancel one, change its max_tokens, ping. A failed command answers with an `error` event
-        and leaves the stream open. Half-closing the stream lets what runs finish; cancelling it cancels everything.
+        KV blocks stay cached, interrupt, cancel, pause, resume or change a generation, grant it credit, ping. A failed
+        command answers with an `error` event and leaves the stream open. Half-closing the stream lets what runs finish;
+        cancelling it cancels everything. With nothing running and no command for the server's idle time (600 s unless
+        set), the stream ends with ABORTED, reason SESSION_IDLE.
         """
 
     @_abc_1.abstractmethod
