@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from headrace.kernels.activation.triton import gated_activation
+from headrace.kernels.activation.triton_quantize import quantize_rows
 from headrace.kernels.embed.triton import embed
 from headrace.kernels.rms_norm.triton import rms_norm
 from headrace.kernels.rope.triton import rope_kv
@@ -17,18 +19,33 @@ from tests.gpu.aot.targets import Target
 ROWS = 512
 
 
+TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8-block": torch.float8_e4m3fn}
+
+
+def scales(kind: str, width: int) -> torch.Tensor:
+    """Of rows in 8 bits: one each, or one for each 128 columns."""
+    return meta(*((ROWS, -(-width // 128)) if kind == "fp8-block" else (ROWS,)), dtype=torch.float32)
+
+
 def norm(target: Target, *, width: int, group: int, has_residual: bool = False, quantized: str = "") -> None:
     x = meta(ROWS, width)
-    types = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
     rms_norm(
         x,
         meta(group, dtype=torch.float32),
         1e-5,
-        meta(ROWS, width, dtype=types[quantized]) if quantized else x,
+        meta(ROWS, width, dtype=TYPES[quantized]) if quantized else x,
         residual=meta(ROWS, width) if has_residual else None,
         group=group,
-        out_scale=meta(ROWS, dtype=torch.float32) if quantized else None,
+        out_scale=scales(quantized, width) if quantized else None,
     )
+
+
+def quantize(target: Target, *, kind: str, width: int, is_gated: bool = False) -> None:
+    x, out = meta(ROWS, width), meta(ROWS, width, dtype=TYPES[kind])
+    if is_gated:
+        gated_activation(x, meta(ROWS, width), "silu", out, out_scale=scales(kind, width))
+    else:
+        quantize_rows(x, out, scales(kind, width))
 
 
 def turn(target: Target, *, model: ModelShape, kv: torch.dtype = torch.bfloat16, head_dim: int = 0) -> None:
@@ -68,9 +85,12 @@ def cases() -> Iterator[Case]:
         yield Case(f"embed/{model.name}", partial(look_up, model=model), is_quick=model is LLAMA_8B)
     heads = QWEN3_32B.heads * QWEN3_32B.head_dim
     yield Case("rms_norm/heads/qwen3-32b", partial(norm, width=heads, group=QWEN3_32B.head_dim))
-    for kind, runs_on in (("int8", _any), ("fp8", has_fp8)):
+    for kind, runs_on in (("int8", _any), ("fp8", has_fp8), ("fp8-block", has_fp8)):
         call = partial(norm, width=4096, group=4096, has_residual=True, quantized=kind)
         yield Case(f"rms_norm/to-{kind}/llama-3-8b", call, runs_on=runs_on)
+        for name, width, is_gated in (("rows", 14336, False), ("gated", 14336, True)):
+            call = partial(quantize, kind=kind, width=width, is_gated=is_gated)
+            yield Case(f"quantize/{name}-{kind}/llama-3-8b", call, runs_on=runs_on)
     kinds = (("int8", torch.int8, _any), ("fp8", torch.float8_e4m3fn, has_fp8), ("fp8-bits", torch.uint8, _any))
     for name, dtype, runs_on in kinds:
         yield Case(f"rope_kv/kv-{name}", partial(turn, model=LLAMA_8B, kv=dtype), runs_on=runs_on)

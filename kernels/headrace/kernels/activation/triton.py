@@ -11,14 +11,29 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
+from headrace.kernels.activation import triton_quantize
+from headrace.kernels.activation.triton_math import act_and_multiply, tanh
 
 _BLOCK = 2048
 
 
 def gated_activation(
-    gate: torch.Tensor, up: torch.Tensor, kind: Literal["silu", "gelu_tanh"], out: torch.Tensor
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    kind: Literal["silu", "gelu_tanh"],
+    out: torch.Tensor,
+    *,
+    out_scale: torch.Tensor | None = None,
 ) -> None:
-    """out = act(gate) * up, computed in float32. gate, up, out: [T, I] in float types; `out` may be one of the two."""
+    """out = act(gate) * up, computed in float32. gate, up, out: [T, I] in float types; `out` may be one of the two.
+
+    With out_scale: out is quantised row by row, or by 128 columns of a row, as `triton_quantize.quantize_rows` does it.
+    """
+    if (out.dtype in triton_quantize.QUANTIZED) != (out_scale is not None):
+        raise ValueError(f"gated_activation: out_scale goes with a quantised out, out is {out.dtype}")
+    if out_scale is not None:
+        triton_quantize.launch(gate, up, kind, out, out_scale)
+        return
     for tensor in (gate, up, out):
         if tensor.shape != out.shape or tensor.ndim != 2 or tensor.stride(1) != 1:
             raise ValueError(f"gated_activation: {tuple(tensor.shape)}, strides {tensor.stride()}, out {out.shape}")
@@ -50,28 +65,14 @@ def soft_cap(x: torch.Tensor, cap: float) -> None:
 
 
 @triton.jit
-def tanh(x):
-    """tanh of float32, to a few units of the last place; NaN stays NaN. The polynomial is Cephes' tanhf (Moshier)."""
-    z = x * x
-    small = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
-    small = (small * z - 3.33332819422e-1) * z * x + x
-    power = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - power) / (1.0 + power)
-    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0.0, -large, large))
-
-
-@triton.jit
 def _gated_kernel(gate, up, out, stride_gate, stride_up, stride_out, width, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     x = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(up + row * stride_up + column, mask=mask, other=0.0).to(tl.float32)
-    if IS_SILU:
-        x = x / (1.0 + tl.exp(-x))
-    else:
-        x = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-    tl.store(out + row * stride_out + column, (x * y).to(out.dtype.element_ty), mask=mask)
+    value = act_and_multiply(x, y, IS_SILU)
+    tl.store(out + row * stride_out + column, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from headrace.kernels.triton_convert import convert, scale_for
 
 QUANTIZED = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 MAX_GROUP = 16384  # one program holds a whole group in registers
+SCALE_GROUP = 128  # columns per scale where a row has several: those of fp8_block (`linear/quantize.py`)
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ def rms_norm(
     written back to residual.
 
     x, residual: [T, N * G] float16, bfloat16 or float32, rows of any stride. weight: [G]. out: [T, N * G] in a float
-    type (`x` itself is allowed), or with N = 1 in int8, float8_e4m3fn or uint8 (its bits) with out_scale float32 [T]:
-    one scale per row, out * out_scale being the value. A row with NaN or infinity gets a scale of NaN.
+    type (`x` itself is allowed), or with N = 1 in int8, float8_e4m3fn or uint8 (its bits) with out_scale float32 [T]
+    (one scale per row) or [T, ceil(G / 128)] (one per 128 columns), out * out_scale being the value. A row with NaN or
+    infinity gets scales of NaN.
     """
     group = weight.shape[0] if group is None else group
     _check(x, weight, out, residual, group, out_scale)
@@ -56,6 +58,8 @@ def rms_norm(
     if num_tokens == 0:
         return
     config = default_config(group) if config is None else config
+    has_groups = out_scale is not None and out_scale.ndim == 2
+    block = max(SCALE_GROUP if has_groups else 1, triton.next_power_of_2(group))
     grid = (triton.cdiv(num_tokens * groups_per_row, config.rows),)
     _rms_norm_kernel[grid](
         x,
@@ -67,11 +71,13 @@ def rms_norm(
         x.stride(0),
         0 if residual is None else residual.stride(0),
         out.stride(0),
+        0 if out_scale is None else out_scale.stride(0),
         eps,
         GROUP=group,
         GROUPS_PER_ROW=groups_per_row,
         ROWS=config.rows,
-        BLOCK=triton.next_power_of_2(group),
+        BLOCK=block,
+        SCALE_BLOCK=SCALE_GROUP if has_groups else block,
         num_warps=config.num_warps,
     )
 
@@ -93,8 +99,13 @@ def _check(
         raise ValueError(f"rms_norm: x must be dense along a row, has strides {x.stride()}")
     if (out.dtype in QUANTIZED) != (out_scale is not None):
         raise ValueError(f"rms_norm: out_scale goes with a quantised out, out is {out.dtype}")
-    if out_scale is not None and (out_scale.shape != x.shape[:1] or out_scale.dtype != torch.float32):
-        raise ValueError(f"rms_norm: out_scale {tuple(out_scale.shape)} {out_scale.dtype}: want float32 [rows]")
+    if out_scale is not None:
+        want = (x.shape[0], -(-group // SCALE_GROUP))
+        if out_scale.shape not in (want, want[:1]) or out_scale.dtype != torch.float32 or out_scale.stride(-1) != 1:
+            raise ValueError(
+                f"rms_norm: out_scale {tuple(out_scale.shape)} {out_scale.dtype}: want float32 [{want[0]}] or "
+                f"{list(want)}, dense along a row"
+            )
     if out_scale is not None and x.shape[1] != group:
         raise ValueError("rms_norm: only whole rows are quantised, not heads")
 
@@ -110,11 +121,13 @@ def _rms_norm_kernel(
     stride_x,
     stride_residual,
     stride_out,
+    stride_scale,
     eps,
     GROUP: tl.constexpr,
     GROUPS_PER_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -133,9 +146,20 @@ def _rms_norm_kernel(
     w = tl.load(weight + column, mask=column < GROUP, other=0.0).to(tl.float32)
     y = y * tl.rsqrt(sum_of_squares / GROUP + eps)[:, None] * w[None, :]
     if out_scale is not None:
-        scale = scale_for(tl.max(tl.abs(y), axis=1), out.dtype.element_ty)
-        y = y / scale[:, None]
         # Times zero: NaN where the sum is not finite. Integers could not tell.
-        tl.store(out_scale + row, scale + sum_of_squares * 0.0, mask=row < num_rows)
+        poison = sum_of_squares * 0.0
+        if SCALE_BLOCK == BLOCK:
+            scale = scale_for(tl.max(tl.abs(y), axis=1), out.dtype.element_ty)
+            y = y / scale[:, None]
+            tl.store(out_scale + row * stride_scale, scale + poison, mask=row < num_rows)
+        else:
+            COUNT: tl.constexpr = BLOCK // SCALE_BLOCK
+            parts = tl.reshape(y, (ROWS, COUNT, SCALE_BLOCK))
+            scale = scale_for(tl.max(tl.abs(parts), axis=2), out.dtype.element_ty)
+            y = tl.reshape(parts / scale[:, :, None], (ROWS, BLOCK))
+            part = tl.arange(0, COUNT)
+            inside_row = (row < num_rows)[:, None] & (part * SCALE_BLOCK < GROUP)[None, :]
+            place = out_scale + (row * stride_scale)[:, None] + part[None, :]
+            tl.store(place, scale + poison[:, None], mask=inside_row)
     place = out + token[:, None] * stride_out + inside
     tl.store(place, convert(y, out.dtype.element_ty), mask=mask)
