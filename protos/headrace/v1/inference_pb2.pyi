@@ -367,6 +367,8 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     REQUEST_LABEL_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    CONTINUATION_FIELD_NUMBER: _builtins.int
+    RESUMABLE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model as ListModels gives it. Default (empty): the server's only model; with several, required."""
     request_label: _builtins.str
@@ -375,6 +377,11 @@ class GenerateRequest(_message.Message):
     """
     cache_salt: _builtins.str
     """Keeps this request's prefix-cache entries apart from those of other salts. At most 128 bytes. Default empty."""
+    resumable: _builtins.bool
+    """Keep the generation when its call ends early, for Resume: it goes on for the server's --resume-grace without a
+    reader, and its messages are kept for --resume-retention after its end. Ending the call does not cancel it then:
+    Cancel does. In Generate only; sampling.n must be 1. Default false: it ends with its call.
+    """
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """What to continue. Required."""
@@ -382,6 +389,13 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def sampling(self) -> Global___SamplingParams:
         """How to choose tokens. Default: as the fields' comments say."""
+
+    @_builtins.property
+    def continuation(self) -> Global___Continuation:
+        """Go on with a generation that another replica, or an engine that has died since, began: as if the tokens held had
+        been generated here. Their text is not sent again; offsets, max_tokens, penalties, min_tokens and stop strings
+        count them. The same prompt, seed and parameters must be given; sampling.n must be 1. Default: a new generation.
+        """
 
     def __init__(
         self,
@@ -391,14 +405,144 @@ class GenerateRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         request_label: _builtins.str = ...,
         cache_salt: _builtins.str = ...,
+        continuation: Global___Continuation | None = ...,
+        resumable: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "model", b"model", "prompt", b"prompt", "request_label", b"request_label", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "continuation", b"continuation", "model", b"model", "prompt", b"prompt", "request_label", b"request_label", "resumable", b"resumable", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Continuation(_message.Message):
+    """Continuation is what its caller holds of a generation that broke off. All of it comes from that generation's chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_HASH_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    ARITHMETIC_FIELD_NUMBER: _builtins.int
+    prompt_hash: _builtins.str
+    """Origin.prompt_hash. The prompt given now has another one: FAILED_PRECONDITION, reason PROMPT_DIFFERS. Required."""
+    model_digest: _builtins.str
+    """Origin.model_digest. This server's model has another one: FAILED_PRECONDITION, reason MODEL_DIFFERS. Required."""
+    arithmetic: _builtins.str
+    """Origin.arithmetic. This server computes otherwise, so its tokens might differ: FAILED_PRECONDITION, reason
+    ARITHMETIC_DIFFERS. Default (empty): not compared.
+    """
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All tokens received so far, in order: at most max_tokens."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_hash: _builtins.str = ...,
+        model_digest: _builtins.str = ...,
+        arithmetic: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arithmetic", b"arithmetic", "model_digest", b"model_digest", "prompt_hash", b"prompt_hash", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Continuation: _TypeAlias = Continuation  # noqa: Y015
+
+@_typing.final
+class Origin(_message.Message):
+    """Origin says from what a generation is made: with the prompt, all that is needed to make it again, elsewhere too."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_HASH_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
+    ARITHMETIC_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    prompt_hash: _builtins.str
+    """SHA-256 of the prompt's token ids, each as 4 bytes, little-endian; 64 lower-case hexadecimal digits."""
+    model_digest: _builtins.str
+    """SHA-256 of the model file; of a directory, of the lines "<name> NUL <SHA-256 of the file> LF" of its configuration
+    and weights, by name. Hexadecimal.
+    """
+    tokenizer_digest: _builtins.str
+    """SHA-256 of what the tokenizer is built from. Hexadecimal."""
+    arithmetic: _builtins.str
+    """What else decides the bits of the logits: back end, its version, precision of keys, values and activations."""
+    seed: _builtins.int
+    """The seed in force."""
+    max_tokens: _builtins.int
+    """The max_tokens in force."""
+    def __init__(
+        self,
+        *,
+        prompt_hash: _builtins.str = ...,
+        model_digest: _builtins.str = ...,
+        tokenizer_digest: _builtins.str = ...,
+        arithmetic: _builtins.str = ...,
+        seed: _builtins.int = ...,
+        max_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arithmetic", b"arithmetic", "max_tokens", b"max_tokens", "model_digest", b"model_digest", "prompt_hash", b"prompt_hash", "seed", b"seed", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Origin: _TypeAlias = Origin  # noqa: Y015
+
+@_typing.final
+class Receipt(_message.Message):
+    """Receipt proves later what was generated: the same prompt and parameters give the same tokens (`headrace replay`)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    TOKEN_HASH_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    token_hash: _builtins.str
+    """SHA-256 of the generated token ids, stop token included, each as 4 bytes, little-endian. Hexadecimal."""
+    generated_tokens: _builtins.int
+    """How many tokens that are."""
+    model: _builtins.str
+    """Name of the model as it was served."""
+    server_version: _builtins.str
+    """Version of the server."""
+    @_builtins.property
+    def origin(self) -> Global___Origin:
+        """From what it was made."""
+
+    @_builtins.property
+    def sampling(self) -> Global___SamplingParams:
+        """The parameters in force, seed and max_tokens included; n is 1."""
+
+    def __init__(
+        self,
+        *,
+        origin: Global___Origin | None = ...,
+        sampling: Global___SamplingParams | None = ...,
+        token_hash: _builtins.str = ...,
+        generated_tokens: _builtins.int = ...,
+        model: _builtins.str = ...,
+        server_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin", "sampling", b"sampling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated_tokens", b"generated_tokens", "model", b"model", "origin", b"origin", "sampling", b"sampling", "server_version", b"server_version", "token_hash", b"token_hash"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):
@@ -530,6 +674,7 @@ class Finish(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     """Why it ended."""
     stop_string: _builtins.str
@@ -546,6 +691,10 @@ class Finish(_message.Message):
     def timing(self) -> Global___Timing:
         """Time spent."""
 
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """How the tokens can be made again and checked. Absent where a Session changed the generation while it ran."""
+
     def __init__(
         self,
         *,
@@ -555,10 +704,11 @@ class Finish(_message.Message):
         usage: Global___Usage | None = ...,
         timing: Global___Timing | None = ...,
         seed: _builtins.int = ...,
+        receipt: Global___Receipt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "stop_token_id", b"stop_token_id", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "receipt", b"receipt", "stop_token_id", b"stop_token_id", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "reason", b"reason", "seed", b"seed", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "reason", b"reason", "receipt", b"receipt", "seed", b"seed", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__stop_token_id: _TypeAlias = _typing.Literal["stop_token_id"]  # noqa: Y015
     _WhichOneofArgType__stop_token_id: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id"]  # noqa: Y015
@@ -578,6 +728,8 @@ class GenerationChunk(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Which of the `n` generations: 0 to n - 1."""
     offset: _builtins.int
@@ -586,6 +738,8 @@ class GenerationChunk(_message.Message):
     """The new text, always valid UTF-8. It may lag behind the tokens: a character is sent when it is complete,
     and text that could begin a stop string is held back until it cannot.
     """
+    generation_id: _builtins.str
+    """The server's own id of this generation: 128 random bits, 32 lower-case hexadecimal digits. In every chunk."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The new tokens. Empty in a last message that only flushes text."""
@@ -598,6 +752,10 @@ class GenerationChunk(_message.Message):
     def finish(self) -> Global___Finish:
         """Set in the last message of this generation."""
 
+    @_builtins.property
+    def origin(self) -> Global___Origin:
+        """From what it is made. In the first chunk of a call, where the request was `resumable`."""
+
     def __init__(
         self,
         *,
@@ -607,10 +765,12 @@ class GenerationChunk(_message.Message):
         text: _builtins.str = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         finish: Global___Finish | None = ...,
+        generation_id: _builtins.str = ...,
+        origin: Global___Origin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "index", b"index", "logprobs", b"logprobs", "offset", b"offset", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "generation_id", b"generation_id", "index", b"index", "logprobs", b"logprobs", "offset", b"offset", "origin", b"origin", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -639,6 +799,97 @@ class GenerateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class ResumeRequest(_message.Message):
+    """ResumeRequest asks for the messages of a resumable generation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    NEXT_OFFSET_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """GenerationChunk.generation_id. Required."""
+    next_offset: _builtins.int
+    """Offset of the next token wanted: as many as the caller holds. More than there are yet: OUT_OF_RANGE, reason
+    OFFSET_AHEAD. Within a message, or of one that is no longer kept: OUT_OF_RANGE, reason OFFSET_NOT_KEPT.
+    """
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+        next_offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id", "next_offset", b"next_offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
+
+@_typing.final
+class ResumeResponse(_message.Message):
+    """ResumeResponse carries one chunk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chunk(self) -> Global___GenerationChunk:
+        """The chunk, as Generate sent it or would have."""
+
+    def __init__(
+        self,
+        *,
+        chunk: Global___GenerationChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeResponse: _TypeAlias = ResumeResponse  # noqa: Y015
+
+@_typing.final
+class CancelRequest(_message.Message):
+    """CancelRequest names a resumable generation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """GenerationChunk.generation_id. Required."""
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelRequest: _TypeAlias = CancelRequest  # noqa: Y015
+
+@_typing.final
+class CancelResponse(_message.Message):
+    """CancelResponse says nothing more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
 
 @_typing.final
 class CompleteRequest(_message.Message):

@@ -41,6 +41,16 @@ class InferenceServiceStub:
                 request_serializer=headrace_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/headrace.v1.InferenceService/Resume',
+                request_serializer=headrace_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_inference__pb2.ResumeResponse.FromString,
+                _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/headrace.v1.InferenceService/Cancel',
+                request_serializer=headrace_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_inference__pb2.CancelResponse.FromString,
+                _registered_method=True)
         self.Complete = channel.unary_unary(
                 '/headrace.v1.InferenceService/Complete',
                 request_serializer=headrace_dot_v1_dot_inference__pb2.CompleteRequest.SerializeToString,
@@ -75,6 +85,25 @@ class InferenceServiceServicer:
 
     def Generate(self, request, context):
         """Generate streams one message per engine step and generation until each of the `n` generations has finished.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Resume re-attaches to a generation that a Generate call with `resumable` started on this server and that still runs
+        or ended not long ago: its messages from an offset on, then what is new. A newer call takes it over from an older
+        one, which ends with ABORTED, reason SUPERSEDED. Unknown here, ended too long ago, or another tenant's: NOT_FOUND,
+        reason GENERATION_UNKNOWN; go on with GenerateRequest.continuation then, on any replica.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Cancel stops a resumable generation at once: closing its stream alone would only start the time of grace. It ends
+        with FINISH_REASON_CANCELLED for whoever reads it. Unknown here, ended, or another tenant's: NOT_FOUND, reason
+        GENERATION_UNKNOWN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,6 +155,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=headrace_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=headrace_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_inference__pb2.ResumeResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=headrace_dot_v1_dot_inference__pb2.CancelRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_inference__pb2.CancelResponse.SerializeToString,
             ),
             'Complete': grpc.unary_unary_rpc_method_handler(
                     servicer.Complete,
@@ -182,6 +221,60 @@ class InferenceService:
             '/headrace.v1.InferenceService/Generate',
             headrace_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             headrace_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/headrace.v1.InferenceService/Resume',
+            headrace_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+            headrace_dot_v1_dot_inference__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.InferenceService/Cancel',
+            headrace_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
+            headrace_dot_v1_dot_inference__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

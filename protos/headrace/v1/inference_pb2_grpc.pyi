@@ -45,6 +45,17 @@ class InferenceServiceStub:
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Generate streams one message per engine step and generation until each of the `n` generations has finished."""
+    Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.ResumeResponse]
+    """Resume re-attaches to a generation that a Generate call with `resumable` started on this server and that still runs
+    or ended not long ago: its messages from an offset on, then what is new. A newer call takes it over from an older
+    one, which ends with ABORTED, reason SUPERSEDED. Unknown here, ended too long ago, or another tenant's: NOT_FOUND,
+    reason GENERATION_UNKNOWN; go on with GenerateRequest.continuation then, on any replica.
+    """
+    Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
+    """Cancel stops a resumable generation at once: closing its stream alone would only start the time of grace. It ends
+    with FINISH_REASON_CANCELLED for whoever reads it. Unknown here, ended, or another tenant's: NOT_FOUND, reason
+    GENERATION_UNKNOWN.
+    """
     Complete: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CompleteRequest, _inference_pb2.CompleteResponse]
     """Complete is Generate without the stream: it answers once, when all `n` generations have finished."""
     Session: _grpc.StreamStreamMultiCallable[_inference_pb2.SessionRequest, _inference_pb2.SessionResponse]
@@ -70,6 +81,17 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate streams one message per engine step and generation until each of the `n` generations has finished."""
+    Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.ResumeResponse]  # type: ignore[assignment]
+    """Resume re-attaches to a generation that a Generate call with `resumable` started on this server and that still runs
+    or ended not long ago: its messages from an offset on, then what is new. A newer call takes it over from an older
+    one, which ends with ABORTED, reason SUPERSEDED. Unknown here, ended too long ago, or another tenant's: NOT_FOUND,
+    reason GENERATION_UNKNOWN; go on with GenerateRequest.continuation then, on any replica.
+    """
+    Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
+    """Cancel stops a resumable generation at once: closing its stream alone would only start the time of grace. It ends
+    with FINISH_REASON_CANCELLED for whoever reads it. Unknown here, ended, or another tenant's: NOT_FOUND, reason
+    GENERATION_UNKNOWN.
+    """
     Complete: _aio.UnaryUnaryMultiCallable[_inference_pb2.CompleteRequest, _inference_pb2.CompleteResponse]  # type: ignore[assignment]
     """Complete is Generate without the stream: it answers once, when all `n` generations have finished."""
     Session: _aio.StreamStreamMultiCallable[_inference_pb2.SessionRequest, _inference_pb2.SessionResponse]  # type: ignore[assignment]
@@ -98,6 +120,29 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Generate streams one message per engine step and generation until each of the `n` generations has finished."""
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _inference_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.ResumeResponse], _abc.AsyncIterator[_inference_pb2.ResumeResponse]]:
+        """Resume re-attaches to a generation that a Generate call with `resumable` started on this server and that still runs
+        or ended not long ago: its messages from an offset on, then what is new. A newer call takes it over from an older
+        one, which ends with ABORTED, reason SUPERSEDED. Unknown here, ended too long ago, or another tenant's: NOT_FOUND,
+        reason GENERATION_UNKNOWN; go on with GenerateRequest.continuation then, on any replica.
+        """
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _inference_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CancelResponse, _abc.Awaitable[_inference_pb2.CancelResponse]]:
+        """Cancel stops a resumable generation at once: closing its stream alone would only start the time of grace. It ends
+        with FINISH_REASON_CANCELLED for whoever reads it. Unknown here, ended, or another tenant's: NOT_FOUND, reason
+        GENERATION_UNKNOWN.
+        """
 
     @_abc_1.abstractmethod
     def Complete(

@@ -69,6 +69,21 @@ CONVERSATION_NOT_FOUND = ErrorKind(
 CONVERSATION_BUSY = ErrorKind(
     "CONVERSATION_BUSY", _C.FAILED_PRECONDITION, "The conversation's last generation has not ended."
 )
+GENERATION_UNKNOWN = ErrorKind(
+    "GENERATION_UNKNOWN", _C.NOT_FOUND, "This server keeps no resumable generation of that id for this caller."
+)
+OFFSET_AHEAD = ErrorKind("OFFSET_AHEAD", _C.OUT_OF_RANGE, "The generation has not come to that offset yet.")
+OFFSET_NOT_KEPT = ErrorKind("OFFSET_NOT_KEPT", _C.OUT_OF_RANGE, "No message that begins at that offset is kept.")
+SUPERSEDED = ErrorKind("SUPERSEDED", _C.ABORTED, "A newer call reads this generation.")
+PROMPT_DIFFERS = ErrorKind(
+    "PROMPT_DIFFERS", _C.FAILED_PRECONDITION, "The prompt is not the one that the generation began with."
+)
+MODEL_DIFFERS = ErrorKind(
+    "MODEL_DIFFERS", _C.FAILED_PRECONDITION, "The model is not the one that the generation began with."
+)
+ARITHMETIC_DIFFERS = ErrorKind(
+    "ARITHMETIC_DIFFERS", _C.FAILED_PRECONDITION, "This server computes otherwise than where the generation began."
+)
 NUMERIC = ErrorKind("NUMERIC", _C.INTERNAL, "The model produced numbers that are not finite.")
 INTERNAL = ErrorKind("INTERNAL", _C.INTERNAL, "Internal error.")
 

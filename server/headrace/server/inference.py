@@ -63,6 +63,8 @@ class InferenceService:
         """By method name."""
         return {
             "Generate": self.generate,
+            "Resume": self.resume,
+            "Cancel": self.cancel,
             "Complete": self.complete,
             "Session": self._session,
             "Tokenize": self.tokenize,
@@ -77,6 +79,14 @@ class InferenceService:
         async with self._run(request, call, "") as running:
             async for generation, news in running.chunks(call):
                 await call.write(pb.GenerateResponse(chunk=convert.chunk(generation.index, news)))
+
+    async def resume(self, request: pb.ResumeRequest, call: Call) -> None:
+        """The messages of a resumable generation, from an offset on."""
+        raise ServerError(errors.GENERATION_UNKNOWN)
+
+    async def cancel(self, request: pb.CancelRequest, call: Call) -> pb.CancelResponse:
+        """Stop a resumable generation."""
+        raise ServerError(errors.GENERATION_UNKNOWN)
 
     async def complete(self, request: pb.CompleteRequest, call: Call) -> pb.CompleteResponse:
         """All generations at once."""
