@@ -1,6 +1,7 @@
-"""OpenTelemetry traces: one span per RPC, as a child of the caller's.
+"""OpenTelemetry: set up once by the CLI; one span per RPC, as a child of the caller's, and what hangs below it.
 
-`rpc.py` opens and ends the spans. opentelemetry-instrumentation-grpc is not used: it breaks streaming handlers that
+`rpc.py` opens and ends the RPC's span, `prompts.py` and `generation.py` add theirs, `spans.py` what the engine did, and
+`metrics.py` counts. opentelemetry-instrumentation-grpc is not used: it breaks streaming handlers that
 write (health Watch among them) and records failures as status 0. Attribute names: OpenTelemetry's RPC conventions
 (release candidate: rpc.method is the full name) and its GenAI ones. Prompts and answers are never recorded.
 """
@@ -8,11 +9,17 @@ write (health Watch among them) and records failures as status 0. Attribute name
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
+from headrace.server import metrics
+from opentelemetry import context as otel_context
 from opentelemetry import propagate, trace
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, TracerProvider
+from opentelemetry.context import Context
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, TracerProvider
 
 # Statuses that are the server's fault (OpenTelemetry RPC conventions); the others leave the span's status unset.
 _SERVER_FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
@@ -32,29 +39,95 @@ _ATTRIBUTES = {
 _provider: TracerProvider | None = None  # None: the process's global one
 
 
-def configure(service_version: str) -> TracerProvider | None:
-    """Send spans over OTLP where OTEL_EXPORTER_OTLP_ENDPOINT says to; else do nothing. Once per process, by the CLI.
+def _is_exported(signal: str) -> bool:
+    """Whether the environment names a collector for TRACES or METRICS."""
+    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
+    return any(os.environ.get(name) for name in endpoints) and os.environ.get(f"OTEL_{signal}_EXPORTER") != "none"
 
-    The exporter drops spans when its queue is full or the collector is away; serving never waits for it.
+
+@dataclass(frozen=True)
+class Work:
+    """A request on its way through the server, for its spans and metrics. began: CLOCK_MONOTONIC seconds."""
+
+    operation: str  # "chat", "text_completion" or "score"
+    model: str
+    began: float
+    context: Context
+
+
+_begun: ContextVar[tuple[str, float]] = ContextVar("headrace_begun")
+
+
+class Clock:
+    """Turns CLOCK_MONOTONIC seconds into the nanoseconds since 1970 of spans, with one reading of both clocks."""
+
+    def __init__(self) -> None:
+        self._offset = time.time_ns() - time.monotonic_ns()
+
+    def nanoseconds(self, seconds: float) -> int:
+        """The time of a span's start, end or event."""
+        return self._offset + round(seconds * 1e9)
+
+
+def configure(service_version: str, metrics_host: str = "", metrics_port: int = 0) -> Callable[[], None]:
+    """Send spans and metrics over OTLP where OTEL_EXPORTER_OTLP_ENDPOINT says to (OTEL_TRACES_EXPORTER or
+    OTEL_METRICS_EXPORTER "none" leaves one out), and let Prometheus scrape metrics_port unless that is 0. Once per
+    process, by the CLI; returns what sends the rest and stops. Raises OSError where the port cannot be had.
+
+    The exporters drop what they cannot send; serving never waits for a collector.
     """
-    if not os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
-        return None
-    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider as SdkTracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    sends_traces, sends_metrics = _is_exported("TRACES"), _is_exported("METRICS")
+    if not (sends_traces or sends_metrics or metrics_port):
+        return lambda: None
+    from headrace.server import exporters
 
-    resource = Resource.create({"service.name": "headrace", "service.version": service_version})
-    provider = SdkTracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    use_provider(provider)
-    return provider
+    return exporters.start(
+        service_version, traces=sends_traces, otlp_metrics=sends_metrics, host=metrics_host, port=metrics_port
+    )
 
 
 def use_provider(provider: TracerProvider | None) -> None:
     """Make spans with this provider; None: with the process's global one."""
     global _provider
     _provider = provider
+
+
+def tracer() -> Tracer:
+    """Of the provider in use."""
+    return trace.get_tracer("headrace", tracer_provider=_provider)
+
+
+def begin(operation: str) -> None:
+    """The current task begins to prepare a prompt for generations of this operation: their times count from here."""
+    _begun.set((operation, time.monotonic()))
+
+
+def current_work(model: str) -> Work | None:
+    """What the current task's generations belong to; None where nobody wants to know."""
+    if not (metrics.is_enabled() or trace.get_current_span().is_recording()):
+        return None
+    operation, began = _begun.get(("text_completion", time.monotonic()))
+    return Work(operation, model, began, otel_context.get_current())
+
+
+@contextmanager
+def child_span(name: str) -> Iterator[Span]:
+    """A span below the current one, where that is recorded."""
+    if not trace.get_current_span().is_recording():
+        yield trace.INVALID_SPAN
+        return
+    with tracer().start_as_current_span(name, record_exception=False, set_status_on_exception=False) as span:
+        yield span
+
+
+def detokenized(context: Context | None, started: float, busy_seconds: float) -> None:
+    """A generation's tokens have become text: a span from the first (CLOCK_MONOTONIC seconds) to now, which says how
+    much of that was work."""
+    if context is not None and trace.get_current_span(context).is_recording():
+        begin_at = Clock().nanoseconds(started)
+        span = tracer().start_span("detokenize", context=context, start_time=begin_at)
+        span.set_attribute("headrace.busy_seconds", busy_seconds)
+        span.end()
 
 
 @contextmanager
@@ -64,9 +137,8 @@ def server_span(method: str, metadata: Sequence[tuple[str, str | bytes]], *, is_
         yield trace.INVALID_SPAN
         return
     carrier = {key: value for key, value in metadata if isinstance(value, str)}
-    tracer = trace.get_tracer("headrace", tracer_provider=_provider)
     attributes = {"rpc.system.name": "grpc", "rpc.method": method}
-    with tracer.start_as_current_span(
+    with tracer().start_as_current_span(
         method,
         context=propagate.extract(carrier),
         kind=SpanKind.SERVER,
