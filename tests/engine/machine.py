@@ -9,8 +9,8 @@ The numbers are those of the project's list of scheduler and block-manager invar
  5 ended sequences own nothing within one step                                    _check_step, cancel
  6 one terminal event each; tokens without gap or repeat; nothing after the end   _check_output
  7 token budget, max_num_seqs, rows of logits and queue caps hold                 _check_step, add_request
- 8 expired, cancelled and parked sequences are never scheduled                    _check_step
- 9 everything ends; a step with work does work; first come, first served          _check_step, teardown
+ 8 expired, cancelled, parked sequences and those without credit do not run       _check_step, check_integrity
+ 9 everything ends; a step with work does work; equals: first come, first served  _check_step, teardown
    nobody is preempted twice without progress                                     WatchedScheduler
 10 chunks, hits, preemption, parking, retries and neighbours change no token      _check_output (oracle)
 11 cancel is exact, idempotent and ignores unknown ids; ids in use are refused    cancel, nudge, add_request
@@ -18,56 +18,33 @@ The numbers are those of the project's list of scheduler and block-manager invar
 13 salts never share a block                                                      check_integrity
 14 nothing is remembered of what ended; at the end all blocks are free            _check_step, teardown
 15 whoever holds blocks and does not run gives them up under pressure             9, for parked sequences
+16 free + used = all host blocks; KV that comes back from there is what left      check_integrity, oracle, teardown
+17 what conversations pin is cached, counts as free, and is let go when needed    check_integrity, session_machine
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import pytest
 from headrace.engine.block_manager import BlockManager
 from headrace.engine.config import EngineConfig
-from headrace.engine.engine import Engine, StepResults
 from headrace.engine.errors import InvalidSequenceError, QueueFullError
-from headrace.engine.scheduler import ScheduledSequence, Scheduler
-from headrace.engine.sequence import Sequence, Status
+from headrace.engine.sequence import Sequence
+from headrace.engine.swap import HostPool
 from headrace.engine.types import FinishOutput, SamplingParams, SequenceOutput, SequenceRequest
 from headrace.kernels.batch import RowSampling, StepBatch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tests.engine.oracle import POISON, VOCAB, OracleExecutor, choose, score
+from tests.engine.watched import WatchedEngine, WatchedScheduler
 
 BASES = [[(base * 17 + i * (base + 3)) % VOCAB for i in range(24)] for base in range(3)]
 STOP_TOKENS = ((), (), (4, 11, 23), tuple(range(0, VOCAB, 3)))
 STEP_SECONDS = 0.25
 PICK = st.integers(0, 15)
-
-
-class WatchedScheduler(Scheduler):
-    """Asserts invariant 9: no running sequence loses its blocks twice without having delivered something."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
-        self.progress_marks: dict[int, int] = {}
-
-    def _preempt(self, seq: Sequence) -> None:
-        if seq.status is Status.RUNNING:
-            assert seq.progress > self.progress_marks.get(seq.order, -1), "9: preempted twice without progress"
-            self.progress_marks[seq.order] = seq.progress
-        super()._preempt(seq)
-
-
-class WatchedEngine(Engine):
-    """Remembers what the last step planned."""
-
-    planned: tuple[ScheduledSequence, ...] = ()
-
-    def _execute(self, items: Seq[ScheduledSequence]) -> StepResults:
-        self.planned = self.planned or tuple(items)  # the first call of a step has all of them
-        return super()._execute(items)
 
 
 @dataclass
@@ -82,7 +59,12 @@ class Expected:
     end: str | None = None  # the reason it must end with in the next step
     error: str | None = None
     is_parked: bool = False
+    credit: int = 10_000
     finish: FinishOutput | None = None
+
+    @property
+    def may_run(self) -> bool:
+        return not self.is_parked and len(self.tokens) < self.credit
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -90,6 +72,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     scheduler_class: type[WatchedScheduler] = WatchedScheduler
     blocks_class: type[BlockManager] = BlockManager
+    host_class: type[HostPool] = HostPool
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
@@ -98,14 +81,24 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(0, 12),
         rows=st.integers(0, 4),
         has_cache=st.sampled_from([True, True, True, False]),
+        host=st.sampled_from([0, 5, 40]),
     )
-    def start(self, block_size: int, pool_tokens: int, num_seqs: int, budget: int, rows: int, has_cache: bool) -> None:
-        self.set_up(block_size, pool_tokens, num_seqs, budget, rows, has_cache)
+    def start(
+        self, block_size: int, pool_tokens: int, num_seqs: int, budget: int, rows: int, has_cache: bool, host: int
+    ) -> None:
+        self.set_up(block_size, pool_tokens, num_seqs, budget, rows, has_cache, host)
 
     def set_up(
-        self, block_size: int, pool_tokens: int, num_seqs: int, budget: int, rows: int = 2, has_cache: bool = True
+        self,
+        block_size: int,
+        pool_tokens: int,
+        num_seqs: int,
+        budget: int,
+        rows: int = 2,
+        has_cache: bool = True,
+        host: int = 0,
     ) -> None:
-        """An idle engine. budget and rows (of logits): what a step may have beyond one per running sequence."""
+        """An idle engine. budget and rows (of logits): beyond one per running sequence; host: blocks of host memory."""
         num_blocks = pool_tokens // block_size + 1
         self.config = EngineConfig(
             num_blocks=num_blocks,
@@ -118,14 +111,17 @@ class EngineMachine(RuleBasedStateMachine):
             max_waiting_tokens=100,
             enable_prefix_cache=has_cache,
             vocab_size=VOCAB,
+            num_host_blocks=host,
+            min_swap_tokens=2,
         )
         self.log = logging.getLogger("headrace.engine.engine")
         self.log.disabled = True  # planted failures would fill it
         self.now = 100.0
-        self.executor = OracleExecutor(num_blocks, block_size)
+        self.executor = OracleExecutor(num_blocks, block_size, host)
         self.engine = WatchedEngine(self.executor, self.config, lambda: self.now)
         self.scheduler = self.engine._scheduler = self.scheduler_class(self.config)
         self.scheduler.blocks = self.blocks_class(self.config.num_blocks, block_size, has_cache)
+        self.scheduler.host = self.host_class(self.config)
         self.seqs: dict[int, Expected] = {}
         self.live: dict[int, Expected] = {}
 
@@ -167,6 +163,8 @@ class EngineMachine(RuleBasedStateMachine):
                 deadline=self.now + max_tokens * STEP_SECONDS if options & 3 == 3 else None,
                 score=options >= 28,
                 arrival=self.now,
+                priority=number // 2 % 3,  # type: ignore[arg-type]
+                tenant=str(number % 2),
             )
             self.add_request(request)
 
@@ -294,6 +292,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.executor.batches.clear()
         started_at = self.now
         doomed = {number for number, expected in self.live.items() if expected.end}
+        self.held = {number for number, expected in self.live.items() if not expected.may_run}
         outputs = self.engine.step()
         if self.engine.planned:
             self.now += STEP_SECONDS
@@ -356,15 +355,18 @@ class EngineMachine(RuleBasedStateMachine):
         assert sum(item.num_logits for item in self.engine.planned) <= config.max_logit_rows, "7: rows of logits"
         assert len(planned) <= config.max_num_seqs, "7: max_num_seqs"
         assert not doomed & planned, "8: a cancelled or expired sequence was scheduled"
-        assert not any(expected.is_parked for n, expected in self.live.items() if n in planned), "8: a parked one"
+        assert not self.held & planned, "8: a parked sequence, or one without credit, was scheduled"
         for item in self.engine.planned:
             assert item.num_tokens > 0, "9: scheduled for nothing"
-        could_run = planned or any(not expected.is_parked for expected in self.live.values())
+        could_run = planned or any(expected.may_run for expected in self.live.values())
         assert bool(planned) == bool(could_run), "9: a step with work did none"
         for seq in scheduler.waiting:
             if seq.first_scheduled_at is None:
                 assert not any(
-                    item.seq.order > seq.order and item.seq.first_scheduled_at == started_at
+                    item.seq.order > seq.order
+                    and item.seq.first_scheduled_at == started_at
+                    and item.seq.deadline is None
+                    and (item.seq.tenant, item.seq.priority) == (seq.tenant, seq.priority)
                     for item in self.engine.planned
                 ), "9: a later sequence was started first"
         assert scheduler.live.keys() == self.live.keys(), "14: the engine and the test disagree on who is live"
@@ -376,7 +378,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.log.disabled = False
         for number, expected in self.live.items():
             self.engine.unpark(number)
-            expected.is_parked = False
+            self.engine.grant(number, 10_000)
+            expected.is_parked, expected.credit = False, 10_000
         bound = 20 + 4 * sum(len(e.request.prompt) + e.max_tokens for e in self.live.values())
         while self.engine.has_work():
             self.run_step()
@@ -388,3 +391,4 @@ class EngineMachine(RuleBasedStateMachine):
         for name in ("live", "waiting", "running", "parked", "idle_holders", "outputs"):
             assert not getattr(scheduler, name), f"14: {name} is not empty at the end"
         assert not blocks.pending, "14: blocks are pending at the end"
+        assert len(scheduler.host.free) == self.config.num_host_blocks, "16: host blocks are not free at the end"

@@ -8,12 +8,13 @@ THROUGH the block table, so aliased blocks, stale slots, early frees and lost pr
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from headrace.kernels.batch import RowResult, RowSampling, StepBatch
 
 VOCAB = 50
 POISON = (-1, 0)
+Slots = list[tuple[int, int]]
 MISREAD = 255  # what a slot reads as that holds another position
 
 
@@ -39,7 +40,8 @@ def solo_tokens(prompt: list[int], seed: int, count: int) -> list[int]:
 
 
 class OracleExecutor:
-    """Implements `headrace.kernels.batch.Executor`, and checks that every batch keeps the contract of StepBatch.
+    """Implements Executor and SwappingExecutor of `headrace.kernels.batch`, and checks that every batch keeps the
+    contract of StepBatch.
 
     fail: called with every batch after its KV was written; may raise, as a broken step would.
     has_nan: called with the sampling of every row of logits; True makes the row NaN, and the KV it came from.
@@ -47,9 +49,11 @@ class OracleExecutor:
 
     name = "oracle"
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         self.block_size = block_size
         self.slots = [POISON] * (num_blocks * block_size)
+        self.host_slots = [POISON] * (num_host_blocks * block_size)
+        self.num_swapped = 0  # blocks copied, both ways
         self.fail: Callable[[StepBatch], None] = lambda batch: None
         self.has_nan: Callable[[RowSampling], bool] = lambda sampling: False
         self.batches: list[int] = []  # rows of every batch
@@ -79,6 +83,21 @@ class OracleExecutor:
                     for slot in slots[begin:end]:
                         self.slots[slot] = POISON
         return results
+
+    def swap_out(self, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        self._copy(self.slots, self.host_slots, blocks, host_blocks)
+
+    def swap_in(self, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        assert 0 not in blocks, "a swap into the null block"
+        self._copy(self.host_slots, self.slots, host_blocks, blocks)
+
+    def _copy(self, source: Slots, target: Slots, sources: Sequence[int], targets: Sequence[int]) -> None:
+        assert len(set(sources)) == len(set(targets)) == len(sources) == len(targets), "a swap has a block twice"
+        size = self.block_size
+        for begin, other in zip(sources, targets, strict=True):
+            assert 0 <= other * size < len(target), "a swap to a block that does not exist"
+            target[other * size : (other + 1) * size] = source[begin * size : (begin + 1) * size]
+            self.num_swapped += 1
 
     def _check(self, batch: StepBatch) -> None:
         starts, logit_rows = batch.cu_seqlens_q.tolist(), batch.logit_rows.tolist()

@@ -117,7 +117,7 @@ def test_a_hit_is_not_evicted_for_its_own_sequence() -> None:
     blocks.release(compute(blocks, sequence(1, [1, 2, 3, 4, 5, 6])))
     seq = sequence(2, [1, 2, 9, 9, 9])
     hit = blocks.lookup(seq)
-    assert (len(hit.blocks), hit.num_evictable, blocks.shortage(seq, hit)) == (1, 1, 0)
+    assert (len(hit.blocks), hit.num_idle, blocks.shortage(seq, hit)) == (1, 1, 0)
     blocks.allocate(seq, hit)
     assert len(set(seq.block_table)) == 3
     assert seq.block_table[0] == hit.blocks[0]

@@ -10,20 +10,23 @@ from headrace.engine import block_manager
 from headrace.engine.block_manager import BlockManager, PrefixHit
 from headrace.engine.scheduler import StepPlan
 from headrace.engine.sequence import BlockContent, Sequence, Status
+from headrace.engine.swap import HostPool
 from headrace.engine.types import FinishReason, SamplingParams, SequenceOutput, TokenOutput
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
 
-from tests.engine.machine import EngineMachine, WatchedScheduler
+from tests.engine.machine import EngineMachine
+from tests.engine.session_machine import SessionMachine
+from tests.engine.watched import WatchedScheduler
 
 
 class PressureMachine(EngineMachine):
     """A pool that holds little more than one sequence, and steps that compute little: preemption all the time."""
 
-    @initialize(pool_tokens=st.integers(18, 30), budget=st.integers(0, 1))
-    def start(self, pool_tokens: int, budget: int) -> None:
-        self.set_up(block_size=1, pool_tokens=pool_tokens, num_seqs=4, budget=budget)
+    @initialize(pool_tokens=st.integers(18, 30), budget=st.integers(0, 1), host=st.sampled_from([0, 15, 60]))
+    def start(self, pool_tokens: int, budget: int, host: int) -> None:
+        self.set_up(block_size=1, pool_tokens=pool_tokens, num_seqs=4, budget=budget, host=host)
 
 
 class RoomyMachine(EngineMachine):
@@ -36,8 +39,10 @@ class RoomyMachine(EngineMachine):
 
 TestEngine = EngineMachine.TestCase
 TestEngineUnderPressure = PressureMachine.TestCase
+TestEngineWithSessions = SessionMachine.TestCase
 setattr(TestEngine, "pytestmark", [pytest.mark.timeout(600)])  # noqa: B010  TestCase classes declare no such attribute
 setattr(TestEngineUnderPressure, "pytestmark", [pytest.mark.timeout(600)])  # noqa: B010
+setattr(TestEngineWithSessions, "pytestmark", [pytest.mark.timeout(600)])  # noqa: B010
 
 
 class ForgetsOneFree(BlockManager):
@@ -207,7 +212,88 @@ class RunsTooMany(WatchedScheduler):
             object.__setattr__(self.config, "max_num_seqs", self.config.max_num_seqs - 1)
 
 
-FAULTS: dict[type[BlockManager | WatchedScheduler], type[EngineMachine]] = {
+class LosesWhatRested(BlockManager):
+    """A pin that ends takes its blocks with it."""
+
+    def unpin(self, key: int) -> None:
+        self.resting = dict.fromkeys(set(self.resting) - set(self.pins.drop(key)))
+
+
+class KeepsPinsOfNanBlocks(BlockManager):
+    def _unregister(self, block: int) -> None:
+        content = self.contents[block]
+        if content is not None:
+            del self.cached[content.hash]
+            self.contents[block] = None
+
+
+class HoldsOnToPins(BlockManager):
+    """Others wait until the lease ends."""
+
+    @property
+    def num_free(self) -> int:
+        return super().num_free - len(self.resting)
+
+
+class NeverEndsALease(BlockManager):
+    def end_leases(self, now: float) -> None:
+        pass
+
+
+class IgnoresCredit(WatchedScheduler):
+    def _append(self, seq: Sequence, tokens: list[TokenOutput], now: float) -> SequenceOutput:
+        seq.credit += 1
+        return super()._append(seq, tokens, now)
+
+
+class ResumesWithoutCredit(WatchedScheduler):
+    def unpark(self, seq: Sequence) -> None:
+        seq.credit = max(seq.credit, len(seq.outputs) + 1)
+        super().unpark(seq)
+
+
+class ForgetsThatItIsPaused(WatchedScheduler):
+    def grant(self, seq: Sequence, credit: int) -> None:
+        seq.is_held = False
+        super().grant(seq, credit)
+
+
+class BringsNothingBack(HostPool):
+    def bring_back(self, seq: Sequence) -> None:
+        before = len(self.decided)
+        super().bring_back(seq)
+        del self.decided[before:]
+
+
+class BringsBackToTheWrongPlace(HostPool):
+    def bring_back(self, seq: Sequence) -> None:
+        seq.host_table.reverse()
+        super().bring_back(seq)
+
+
+class KeepsHostBlocksOfTheEnded(HostPool):
+    def drop(self, seq: Sequence) -> None:
+        if seq.block_table:
+            super().drop(seq)
+
+
+class HandsOutHostBlockTwice(HostPool):
+    def take(self, seq: Sequence) -> None:
+        super().take(seq)
+        if seq.host_table and len(self.free) % 3 == 0:
+            self.free.append(seq.host_table[0])
+
+
+class KeepsTooMuch(HostPool):
+    """Counts a token whose KV was not computed yet."""
+
+    def take(self, seq: Sequence) -> None:
+        super().take(seq)
+        if seq.host_table:
+            seq.num_swapped = min(seq.num_swapped + 1, seq.num_to_compute)
+
+
+FAULTS: dict[type[BlockManager | WatchedScheduler | HostPool], type[EngineMachine]] = {
     ForgetsOneFree: EngineMachine,
     FreesTwice: EngineMachine,
     HandsOutOwnedBlock: EngineMachine,
@@ -229,12 +315,25 @@ FAULTS: dict[type[BlockManager | WatchedScheduler], type[EngineMachine]] = {
     LosesTokens: PressureMachine,
     IgnoresStopTokens: EngineMachine,
     RunsTooMany: EngineMachine,
+    LosesWhatRested: SessionMachine,
+    KeepsPinsOfNanBlocks: SessionMachine,
+    HoldsOnToPins: SessionMachine,
+    NeverEndsALease: SessionMachine,
+    IgnoresCredit: SessionMachine,
+    ResumesWithoutCredit: SessionMachine,
+    ForgetsThatItIsPaused: SessionMachine,
+    BringsNothingBack: PressureMachine,
+    BringsBackToTheWrongPlace: PressureMachine,
+    KeepsHostBlocksOfTheEnded: PressureMachine,
+    HandsOutHostBlockTwice: PressureMachine,
+    KeepsTooMuch: PressureMachine,
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_the_machine_finds_planted_faults(fault: type[BlockManager] | type[WatchedScheduler]) -> None:
-    attribute = "blocks_class" if issubclass(fault, BlockManager) else "scheduler_class"
+def test_the_machine_finds_planted_faults(fault: type[BlockManager | WatchedScheduler | HostPool]) -> None:
+    attributes = {BlockManager: "blocks_class", WatchedScheduler: "scheduler_class", HostPool: "host_class"}
+    attribute = next(name for base, name in attributes.items() if issubclass(fault, base))
     faulty = type("Faulty", (FAULTS[fault],), {attribute: fault})
     search = settings(
         max_examples=1000, stateful_step_count=50, phases=[Phase.generate], derandomize=True, print_blob=False

@@ -94,6 +94,20 @@ class Executor(Protocol):
 
 
 @runtime_checkable
+class SwappingExecutor(Protocol):
+    """An executor that can keep KV blocks in host memory: host blocks 0 .. n - 1, as many as it was made with."""
+
+    def swap_out(self, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """Copy blocks[i] to host_blocks[i], after all steps and copies asked for before and ahead of all later ones;
+        may return before it is done. None appears twice."""
+        ...
+
+    def swap_in(self, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """Copy host_blocks[i] to blocks[i]; as `swap_out`."""
+        ...
+
+
+@runtime_checkable
 class PipelinedExecutor(Executor, Protocol):
     """An executor that may have a step queued while it runs another: the next step can be decided meanwhile."""
 

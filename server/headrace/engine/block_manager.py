@@ -1,7 +1,8 @@
 """Who owns which KV block, and which blocks hold a prefix that others may share. Called by the scheduler only.
 
 A block is in exactly one place: the null block (block 0, padding target, never handed out), free, evictable (cached,
-owned by nobody, taken back least recently used first), or in the tables of `ref_counts[block]` sequences.
+owned by nobody, taken back least recently used first), resting (the same, but pinned by a conversation (`pins.py`):
+taken back last), or in the tables of `ref_counts[block]` sequences.
 
 Prefix cache: the hash of a full block is SHA-256 over (hash of the block before it, its tokens); the salt is the root.
 A block is registered only after the step that computed its KV has succeeded, and is never written again while it is
@@ -15,6 +16,7 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from headrace.engine.pins import Pins
 from headrace.engine.sequence import BlockContent, Sequence
 
 NULL_BLOCK = 0
@@ -24,11 +26,11 @@ NULL_BLOCK = 0
 class PrefixHit:
     """Leading blocks of a sequence that are cached, in order.
 
-    num_evictable: how many of them nobody owns now. is_pending: a running sequence is about to compute the next one.
+    num_idle: how many of them nobody owns now. is_pending: a running sequence is about to compute the next one.
     """
 
     blocks: tuple[int, ...]
-    num_evictable: int
+    num_idle: int
     is_pending: bool
 
 
@@ -45,6 +47,9 @@ class BlockManager:
         self.ref_counts = [0] * num_blocks
         self.free = list(range(num_blocks - 1, NULL_BLOCK, -1))  # a stack; low numbers first
         self.evictable: OrderedDict[int, None] = OrderedDict()  # least recently released first
+        self.resting: dict[int, None] = {}
+        self.pins = Pins()
+        self.num_pins_lost = 0  # released because their blocks were needed
         self.cached: dict[bytes, int] = {}
         self.contents: list[BlockContent | None] = [None] * num_blocks
         self.pending: dict[bytes, int] = {}  # block hash -> id of the running sequence that will compute it
@@ -52,7 +57,7 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         """Blocks that can be handed out now."""
-        return len(self.free) + len(self.evictable)
+        return len(self.free) + len(self.evictable) + len(self.resting)
 
     def lookup(self, seq: Sequence) -> PrefixHit:
         """Find the cached prefix of a sequence without a table. Its last token is never a hit: it must be computed for
@@ -60,7 +65,7 @@ class BlockManager:
         if not self.enable_prefix_cache:
             return NO_HIT
         blocks: list[int] = []
-        num_evictable = 0
+        num_idle = 0
         is_pending = False
         for content in self._full_blocks(seq)[: (len(seq.tokens) - 1) // self.block_size]:
             block = self.cached.get(content.hash)
@@ -68,18 +73,18 @@ class BlockManager:
                 is_pending = content.hash in self.pending
                 break
             blocks.append(block)
-            num_evictable += self.ref_counts[block] == 0
-        return PrefixHit(tuple(blocks), num_evictable, is_pending)
+            num_idle += self.ref_counts[block] == 0
+        return PrefixHit(tuple(blocks), num_idle, is_pending)
 
     def shortage(self, seq: Sequence, hit: PrefixHit) -> int:
         """How many blocks `allocate` lacks; at most 0 where it fits, then minus the blocks that it would leave."""
-        return seq.num_new_blocks(self.block_size) - len(hit.blocks) - (self.num_free - hit.num_evictable)
+        return seq.num_new_blocks(self.block_size) - len(hit.blocks) - (self.num_free - hit.num_idle)
 
     def allocate(self, seq: Sequence, hit: PrefixHit) -> None:
         """Complete the table for all of its tokens: the hit's blocks first, then fresh ones. Must fit."""
         for block in hit.blocks:  # before any eviction, which could take them
             if self.ref_counts[block] == 0:
-                del self.evictable[block]
+                del (self.resting if block in self.resting else self.evictable)[block]
             self.ref_counts[block] += 1
         if hit.blocks:
             seq.block_table.extend(hit.blocks)
@@ -126,15 +131,50 @@ class BlockManager:
             if self.ref_counts[block] == 0:
                 if self.contents[block] is None:
                     self.free.append(block)
+                elif block in self.pins.counts:
+                    self.resting[block] = None
                 else:
                     self.evictable[block] = None
         seq.block_table = []
         seq.num_computed = seq.num_registered = 0
 
+    def pin(self, key: int, seq: Sequence, until: float) -> None:
+        """Keep the cached prefix of a sequence that ends under `key`, in the place of what was kept under it."""
+        if not self.enable_prefix_cache:
+            return
+        blocks: list[int] = []
+        for content in self._full_blocks(seq):
+            block = self.cached.get(content.hash)
+            if block is None or self.contents[block] != content:
+                break
+            blocks.append(block)
+            if block in self.evictable:
+                del self.evictable[block]
+                self.resting[block] = None
+        self._unpin(self.pins.put(key, blocks, until))
+
+    def unpin(self, key: int) -> None:
+        """What was kept under `key` may be evicted like anything else. Unknown: no change."""
+        self._unpin(self.pins.drop(key))
+
+    def end_leases(self, now: float) -> None:
+        """Unpin what was to be kept until now."""
+        for key in self.pins.ended(now):
+            self.unpin(key)
+
+    def _unpin(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):
+            if block in self.resting:
+                del self.resting[block]
+                self.evictable[block] = None
+
     def _take_block(self) -> int:
         if self.free:
             block = self.free.pop()
         else:
+            while not self.evictable:
+                self.num_pins_lost += 1
+                self.unpin(self.pins.oldest())
             block, _ = self.evictable.popitem(last=False)
             self._unregister(block)
         self.ref_counts[block] = 1
@@ -143,6 +183,8 @@ class BlockManager:
     def _unregister(self, block: int) -> None:
         content = self.contents[block]
         if content is not None:
+            for key in self.pins.keys_of(block):
+                self.unpin(key)
             del self.cached[content.hash]
             self.contents[block] = None
 

@@ -22,6 +22,8 @@ class EngineConfig:
     max_waiting_seqs, max_waiting_tokens: what may be accepted and not running: waiting, preempted or parked.
     enable_prefix_cache: share full blocks between sequences of one salt.
     vocab_size: token ids must be below it; 0 checks only that they fit int32.
+    num_host_blocks: KV blocks of host memory for preempted sequences; 0: their KV is computed again.
+    min_swap_tokens: a sequence with less KV than that is computed again all the same.
     """
 
     num_blocks: int
@@ -34,6 +36,8 @@ class EngineConfig:
     max_waiting_tokens: int = 262_144
     enable_prefix_cache: bool = True
     vocab_size: int = 0
+    num_host_blocks: int = 0
+    min_swap_tokens: int = 1
 
     def __post_init__(self) -> None:
         problems = [f"{name} must be at least {least}" for name, least in _LEAST.items() if getattr(self, name) < least]
@@ -70,4 +74,6 @@ _LEAST = {
     "max_waiting_seqs": 1,
     "max_waiting_tokens": 1,
     "vocab_size": 0,
+    "num_host_blocks": 0,
+    "min_swap_tokens": 1,
 }

@@ -10,19 +10,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 
+import msgspec
 from headrace.engine.batch import BatchBuilder
 from headrace.engine.config import EngineConfig
-from headrace.engine.errors import InvalidSequenceError, QueueFullError
+from headrace.engine.errors import ConfigError, InvalidSequenceError, QueueFullError
 from headrace.engine.integrity import check_integrity
 from headrace.engine.pipeline import Pipeline, StepResults, share_out
 from headrace.engine.scheduler import ScheduledSequence, Scheduler
 from headrace.engine.sequence import Sequence
-from headrace.engine.types import EngineStats, SequenceOutput, SequenceRequest
-from headrace.kernels.batch import Executor, ExecutorLostError, PipelinedExecutor
+from headrace.engine.swap import Swap
+from headrace.engine.types import EngineStats, SequenceOutput, SequenceRequest, StepRecord
+from headrace.kernels.batch import Executor, ExecutorLostError, PipelinedExecutor, SwappingExecutor
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,10 @@ class Engine:
     """Synchronous. Calls other than `step` take effect at once; what they have to say comes with the next step."""
 
     def __init__(self, executor: Executor, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        """clock: seconds; deadlines and arrivals of requests are on it."""
+        """clock: seconds; deadlines and arrivals of requests are on it. Raises ConfigError where there are host blocks
+        and the executor cannot use them."""
+        if config.num_host_blocks and not isinstance(executor, SwappingExecutor):
+            raise ConfigError([f"executor {executor.name} cannot swap KV blocks: num_host_blocks must be 0"])
         self.config = config
         self._executor = executor
         self._clock = clock
@@ -42,14 +48,14 @@ class Engine:
         self._num_step_failures = 0
         self._pipeline: Pipeline | None = None
         if isinstance(executor, PipelinedExecutor):
-            self._pipeline = Pipeline(executor, self._batches, self._execute)
+            self._pipeline = Pipeline(executor, self._batches, self._execute, self._swap)
 
     def add(self, request: SequenceRequest) -> None:
         """Accept a sequence. Raises InvalidSequenceError (it could never run) or QueueFullError (not now)."""
         _validate(request, self.config)
         if request.id in self._scheduler.live:
             raise InvalidSequenceError("id", "a sequence with this id is still in the engine")
-        self._check_queue(len(request.prompt))
+        self._check_queue(len(request.prompt) + len(request.held))
         self._scheduler.add(Sequence(request, self._num_accepted, self._clock()))
         self._num_accepted += 1
 
@@ -74,11 +80,34 @@ class Engine:
         if len(seq.outputs) >= max_tokens:
             self._scheduler.finish(seq, "length", self._clock())
 
+    def set_stop_tokens(self, sequence_id: int, token_ids: Seq[int]) -> None:
+        """Change the tokens that end a sequence; those it has already are not looked at again.
+
+        An unknown or ended id changes nothing. Raises InvalidSequenceError where an add would.
+        """
+        seq = self._scheduler.live.get(sequence_id)
+        if seq is not None:
+            _validate_token_ids("stop_token_ids", token_ids, self.config)
+            seq.sampling = msgspec.structs.replace(seq.sampling, stop_token_ids=tuple(token_ids))
+
+    def grant(self, sequence_id: int, credit: int) -> None:
+        """Let a sequence have so many output tokens in all; with that many it is parked, until the next grant or its
+        end. Unknown or ended: no change."""
+        seq = self._scheduler.live.get(sequence_id)
+        if seq is not None:
+            self._scheduler.grant(seq, credit)
+
+    def unpin(self, conversation: int) -> None:
+        """Nobody comes back to a conversation: its KV may be evicted before its lease ends. Unknown: no change."""
+        self._scheduler.blocks.unpin(conversation)
+
     def park(self, sequence_id: int) -> None:
         """Do not schedule a sequence until `unpark`: nobody reads what it says. Unknown or parked: no change."""
         seq = self._scheduler.live.get(sequence_id)
         if seq is not None:
             self._scheduler.park(seq)
+            if seq.timeline is not None:
+                seq.timeline.note("parked", self._clock())
 
     def unpark(self, sequence_id: int) -> None:
         """Let a parked sequence go on. Unknown or not parked: no change."""
@@ -96,11 +125,17 @@ class Engine:
         if self._pipeline is not None:
             return outputs + self._pipeline.step(scheduler, self._clock)
         plan = scheduler.schedule(now)
+        self._swap(plan.swaps)
         if plan.sequences:
             results = self._execute(plan.sequences)
             self._num_steps += 1
             outputs += scheduler.update(plan, results, self._clock())
         return outputs
+
+    @property
+    def last_step(self) -> StepRecord | None:
+        """The last step that is done; its number tells it from the one before."""
+        return self._scheduler.last_step
 
     def has_work(self) -> bool:
         """Whether `step` has something to do or to say now. False with parked sequences only; see `next_deadline`."""
@@ -108,12 +143,16 @@ class Engine:
         return bool(self._scheduler.outputs or self._scheduler.waiting or self._scheduler.running or is_under_way)
 
     def next_deadline(self) -> float | None:
-        """The earliest deadline of all sequences, parked ones included: call `step` then, whatever `has_work` says."""
-        return min((s.deadline for s in self._scheduler.live.values() if s.deadline is not None), default=None)
+        """The earliest deadline of all sequences, parked ones included, or end of a lease: call `step` then, whatever
+        `has_work` says."""
+        times = [s.deadline for s in self._scheduler.live.values() if s.deadline is not None]
+        earliest = min(times, default=math.inf)
+        earliest = min(earliest, self._scheduler.blocks.pins.next_end)
+        return earliest if math.isfinite(earliest) else None
 
     def stats(self) -> EngineStats:
         """A snapshot."""
-        scheduler = self._scheduler
+        scheduler, estimates = self._scheduler, self._scheduler.estimates
         return EngineStats(
             num_steps=self._num_steps + (self._pipeline.num_steps if self._pipeline is not None else 0),
             num_running=len(scheduler.running),
@@ -125,6 +164,17 @@ class Engine:
             num_prefix_hits=scheduler.num_prefix_hits,
             num_parked=len(scheduler.parked),
             num_step_failures=self._num_step_failures,
+            step_seconds=estimates.step.fixed,
+            step_token_seconds=estimates.step.per_token,
+            token_seconds=estimates.token_seconds,
+            residence_seconds=estimates.residence_seconds,
+            output_share=estimates.output_share,
+            cached_share=estimates.cached_share,
+            num_swapped_out=scheduler.host.num_swapped_out,
+            num_host_blocks=scheduler.host.num_blocks,
+            num_free_host_blocks=len(scheduler.host.free),
+            num_pinned_blocks=len(scheduler.blocks.resting),
+            num_pins_lost=scheduler.blocks.num_pins_lost,
         )
 
     def check_integrity(self) -> None:
@@ -139,6 +189,13 @@ class Engine:
         num_waiting = sum(len(seq.tokens) for seq in queued)
         if num_waiting + num_tokens > self.config.max_waiting_tokens:
             raise QueueFullError("tokens", f"{num_waiting} tokens are waiting")
+
+    def _swap(self, swaps: Seq[Swap]) -> None:
+        """Have the blocks copied that a plan moves; whatever becomes of its step, they have changed hands."""
+        for swap in swaps:
+            assert isinstance(self._executor, SwappingExecutor)
+            copy = self._executor.swap_in if swap.is_in else self._executor.swap_out
+            copy(swap.blocks, swap.host_blocks)
 
     def _execute(self, items: Seq[ScheduledSequence]) -> StepResults:
         """Run items; where the executor raises, run halves, so that only the guilty get None (RELIABILITY: bisect).
@@ -166,11 +223,18 @@ def _validate(request: SequenceRequest, config: EngineConfig) -> None:
     _validate_length(len(request.prompt), 0 if request.score else params.max_tokens, config, is_score=request.score)
     for field, ids in (
         ("prompt", request.prompt),
+        ("held", request.held),
         ("stop_token_ids", params.stop_token_ids),
         ("logit_bias", params.logit_bias),
     ):
-        if ids and not (min(ids) >= 0 and max(ids) <= config.max_token_id):
-            raise InvalidSequenceError(field, f"{field} has a token id outside the vocabulary")
+        _validate_token_ids(field, ids, config)
+    if len(request.held) >= max(1, params.max_tokens) or (request.held and request.score):
+        raise InvalidSequenceError("held", "nothing is left to generate after the tokens held")
+
+
+def _validate_token_ids(field: str, ids: Collection[int], config: EngineConfig) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) <= config.max_token_id):
+        raise InvalidSequenceError(field, f"{field} has a token id outside the vocabulary")
 
 
 def _validate_length(num_prompt: int, max_tokens: int, config: EngineConfig, is_score: bool = False) -> None:

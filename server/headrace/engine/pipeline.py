@@ -18,6 +18,7 @@ from collections.abc import Sequence as Seq
 
 from headrace.engine.batch import BatchBuilder
 from headrace.engine.scheduler import ScheduledSequence, Scheduler, StepPlan
+from headrace.engine.swap import Swap
 from headrace.engine.types import SequenceOutput
 from headrace.kernels.batch import ExecutorLostError, PipelinedExecutor, RowResult
 
@@ -31,11 +32,19 @@ Execute = Callable[[Seq[ScheduledSequence]], StepResults]
 class Pipeline:
     """Holds the plan of the step in flight."""
 
-    def __init__(self, executor: PipelinedExecutor, batches: BatchBuilder, execute: Execute) -> None:
-        """execute: runs items at once and charges a failure to who caused it; for steps that cannot be queued."""
+    def __init__(
+        self,
+        executor: PipelinedExecutor,
+        batches: BatchBuilder,
+        execute: Execute,
+        swap: Callable[[Seq[Swap]], None],
+    ) -> None:
+        """execute: runs items at once and charges a failure to who caused it; for steps that cannot be queued. swap:
+        queues copies of KV blocks."""
         self._executor = executor
         self._batches = batches
         self._execute = execute
+        self._swap = swap
         self._plan: StepPlan | None = None
         self._must_execute = False  # the last plan could not be queued
         self.num_steps = 0
@@ -65,6 +74,7 @@ class Pipeline:
         """A step without another in flight, as for any executor."""
         self._must_execute = False
         plan = scheduler.schedule(clock())
+        self._swap(plan.swaps)
         if not plan.sequences:
             return []
         self.num_steps += 1
@@ -72,6 +82,7 @@ class Pipeline:
 
     def _submit(self, plan: StepPlan) -> bool:
         """Queue a step; False where there is none or it cannot be queued as it is."""
+        self._swap(plan.swaps)
         if not plan.sequences:
             return False
         try:

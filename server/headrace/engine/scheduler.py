@@ -4,13 +4,14 @@
     scheduler.update(plan, results, now)      act on what came back
 
 Rules
-- One token budget per step. Running sequences that need one token go first, then longer ones (chunks), then waiting
-  ones; each group in order of acceptance. EngineConfig guarantees that every running sequence can have one token.
+- One token budget per step. Running sequences that need one token go first, then longer ones (chunks), each by its
+  standing, then waiting ones by their urgency (`urgency.py`). EngineConfig guarantees every running sequence a token.
 - A sequence is admitted when the blocks of all its tokens fit, so only new tokens need new blocks later on.
 - A sequence that needs a block takes it from those behind it: first from sequences that hold blocks but do not run
-  (parked ones), then from the youngest running one that has delivered something since its blocks were last taken.
-  With nobody behind it to take from, it waits a step. Whoever lost its blocks waits again, ahead of younger ones, and
-  recomputes. So the oldest running sequence always advances, and nobody is preempted twice without progress.
+  (parked ones), then from the last running one that has delivered something since its blocks were last taken.
+  With nobody behind it to take from, it waits a step. Whoever lost its blocks waits again, ahead of new ones; its KV
+  is kept in host memory where there is some (`swap.py`), else computed again. So who stands first always advances, and
+  nobody is preempted twice without progress.
 - A waiting sequence whose next prefix block is being computed by a running one waits for it.
 """
 
@@ -23,8 +24,11 @@ from typing import Protocol
 
 from headrace.engine.block_manager import NO_HIT, BlockManager
 from headrace.engine.config import EngineConfig
+from headrace.engine.estimates import Estimates
 from headrace.engine.sequence import Sequence, Status
-from headrace.engine.types import FinishReason, SequenceOutput, TokenOutput
+from headrace.engine.swap import HostPool, Swap
+from headrace.engine.types import FinishReason, SequenceOutput, StepRecord, TokenOutput
+from headrace.engine.urgency import Queue, standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,13 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the next step computes. Empty when nothing can run."""
+    """What the next step computes. Empty when nothing can run. swaps: KV blocks to copy before it, in order."""
 
     sequences: tuple[ScheduledSequence, ...]
     num_tokens: int
     num_logits: int
+    swaps: tuple[Swap, ...] = ()
+    started: float = 0.0  # when it was decided
 
 
 class LogitsResult(Protocol):
@@ -65,24 +71,46 @@ class Scheduler:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.blocks = BlockManager(config.num_blocks, config.block_size, config.enable_prefix_cache)
+        self.host = HostPool(config)
+        self.queue = Queue()
+        self.estimates = Estimates()
         self.live: dict[int, Sequence] = {}
-        self.waiting: list[Sequence] = []  # by order of acceptance, as is `running`
-        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # by order of acceptance
+        self.running: list[Sequence] = []  # by `standing`
         self.parked: dict[int, Sequence] = {}
         self.idle_holders: dict[int, Sequence] = {}  # not running, yet with blocks; parked longest first
         self.outputs: list[SequenceOutput] = []  # finished between steps
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
+        self.num_steps = 0
+        self.last_step: StepRecord | None = None  # that was settled
+        self._now = 0.0  # of the latest `schedule`
 
     # --- between steps
 
     def add(self, seq: Sequence) -> None:
         self.live[seq.id] = seq
         insort(self.waiting, seq, key=_order)
+        if not seq.may_run:
+            self._park(seq)
 
     def park(self, seq: Sequence) -> None:
-        """Stop scheduling a sequence. It keeps its blocks until somebody needs them."""
+        """Stop scheduling a sequence until `unpark`. It keeps its blocks until somebody needs them."""
+        seq.is_held = True
+        self._park(seq)
+
+    def unpark(self, seq: Sequence) -> None:
+        """Let a sequence go on, if it has credit."""
+        seq.is_held = False
+        self._resume(seq)
+
+    def grant(self, seq: Sequence, credit: int) -> None:
+        """Let a sequence have so many outputs in all; at that number it is parked."""
+        seq.credit = credit
+        self._resume(seq)
+
+    def _park(self, seq: Sequence) -> None:
         if seq.status is Status.PARKED:
             return
         self._take_out(seq)
@@ -92,9 +120,9 @@ class Scheduler:
         if seq.block_table:
             self.idle_holders.setdefault(seq.id, seq)
 
-    def unpark(self, seq: Sequence) -> None:
+    def _resume(self, seq: Sequence) -> None:
         """Let a parked sequence wait for its turn, by its order of acceptance."""
-        if seq.status is Status.PARKED:
+        if seq.status is Status.PARKED and seq.may_run:
             del self.parked[seq.id]
             seq.status = Status.WAITING
             insort(self.waiting, seq, key=_order)
@@ -104,7 +132,8 @@ class Scheduler:
         self.outputs.append(self._finish(seq, [], reason, now))
 
     def expire(self, now: float) -> None:
-        """End every sequence whose deadline has come."""
+        """End every sequence whose deadline has come, and every lease."""
+        self.blocks.end_leases(now)
         for seq in [s for s in self.live.values() if s.deadline is not None and s.deadline <= now]:
             self.finish(seq, "expired", now)
 
@@ -112,7 +141,8 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan:
         """Decide on the next step. Grants blocks and preempts; nothing else changes until `update`."""
-        plan = _PlanBuilder(self.config.max_num_batched_tokens, self.config.max_logit_rows)
+        self._now = now
+        plan = _PlanBuilder(self.config.max_num_batched_tokens, self.config.max_logit_rows, now)
         longer: list[Sequence] = []
         for seq in tuple(self.running):
             if seq.status is not Status.RUNNING:
@@ -128,7 +158,7 @@ class Scheduler:
             if seq.status is Status.RUNNING and plan.has_room:
                 plan.add(seq)
         self._admit_waiting(plan, now)
-        return plan.build()
+        return plan.build(self.host.take_decided())
 
     def update(self, plan: StepPlan, results: Seq[Seq[LogitsResult] | None], now: float) -> list[SequenceOutput]:
         """Take in a step: one entry per planned sequence, its rows of logits in order, or None where it failed."""
@@ -143,31 +173,53 @@ class Scheduler:
             seq = item.seq
             if seq.status is not Status.FINISHED:
                 seq.num_computed += item.num_tokens
-                is_last = len(seq.outputs) + 1 >= seq.max_tokens
+                is_last = len(seq.outputs) + 1 >= min(seq.max_tokens, seq.credit)
                 seq.pending_row = row if item.num_logits and not seq.is_score and not is_last else -1
             row += item.num_logits
 
     def settle(self, plan: StepPlan, results: Seq[Seq[LogitsResult] | None], now: float) -> list[SequenceOutput]:
         """What an advanced step gave; see `update`. Sequences that have ended since then are passed over."""
         outputs: list[SequenceOutput] = []
+        self._record(plan, now)
         for item, rows in zip(plan.sequences, results, strict=True):
             output = None if item.seq.status is Status.FINISHED else self._settle_one(item, rows, now)
             if output is not None:
                 outputs.append(output)
         return outputs
 
+    def _record(self, plan: StepPlan, now: float) -> None:
+        """Note a step that is done, and which traced sequences were in it."""
+        self.num_steps += 1
+        begun = plan.started if self.last_step is None else max(plan.started, self.last_step.ended)
+        self.estimates.add_step(plan.num_tokens, plan.num_logits, now - begun)
+        traced = []
+        for item in plan.sequences:
+            timeline = item.seq.timeline
+            if timeline is not None:
+                traced.append(item.seq.id)
+                if item.num_tokens > 1 or item.seq.first_token_at is None:
+                    timeline.prefill(plan.started, now, item.num_tokens, self.num_steps)
+        self.last_step = StepRecord(
+            self.num_steps, plan.started, now, plan.num_tokens, len(plan.sequences), tuple(traced)
+        )
+
     def _admit_waiting(self, plan: _PlanBuilder, now: float) -> None:
         while self.waiting and plan.has_room and len(self.running) < self.config.max_num_seqs:
-            seq = self.waiting[0]
+            seq = self.queue.next(self.waiting, now, self.estimates)
             if not self._admit(seq):
                 return
-            del self.waiting[0]
+            self.waiting.remove(seq)
             self.idle_holders.pop(seq.id, None)
             seq.status = Status.RUNNING
-            insort(self.running, seq, key=_order)
+            self.queue.admitted(seq)
+            insort(self.running, seq, key=standing)
             self.blocks.announce(seq)
             if seq.first_scheduled_at is None:
                 seq.first_scheduled_at = now
+                self.estimates.add_start(len(seq.prompt), seq.num_computed)
+                self.queue.charge_prompt(seq, len(seq.prompt) - seq.num_computed)
+            elif seq.timeline is not None:
+                seq.timeline.note("resumed", now)
             if seq.num_to_compute > seq.num_computed:  # else its last token is in flight
                 plan.add(seq)
 
@@ -178,7 +230,7 @@ class Scheduler:
         while True:
             # Looked up again after every release. All logits of a text to score are wanted: nothing can be skipped.
             hit = NO_HIT if seq.is_score or seq.block_table else self.blocks.lookup(seq)
-            if hit.is_pending:
+            if hit.is_pending and not seq.host_table:
                 return False
             shortage = self.blocks.shortage(seq, hit) + headroom
             if shortage <= 0:
@@ -188,8 +240,9 @@ class Scheduler:
                 return False
             self._preempt(holders[0])
         self.blocks.allocate(seq, hit)
+        self.host.bring_back(seq)
         if seq.first_scheduled_at is None and not seq.is_score:
-            seq.num_cached_tokens = seq.num_computed
+            seq.num_cached_tokens = min(seq.num_computed, len(seq.prompt))
             if self.config.enable_prefix_cache:
                 self.num_prefix_queries += len(seq.tokens)
                 self.num_prefix_hits += seq.num_computed
@@ -218,10 +271,13 @@ class Scheduler:
         return None
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take all blocks of a sequence; what it has delivered stays, its KV will be computed again."""
+        """Take all blocks of a sequence; what it has delivered stays, its KV is kept elsewhere or computed again."""
+        self.host.take(seq)
         self.blocks.release(seq)
         self.idle_holders.pop(seq.id, None)
         seq.progress_at_preemption = seq.progress
+        if seq.timeline is not None:
+            seq.timeline.note("preempted", self._now)
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
             seq.status = Status.WAITING
@@ -255,12 +311,15 @@ class Scheduler:
         may_stop = len(seq.outputs) >= seq.sampling.min_tokens
         seq.tokens.append(token_id)
         seq.outputs.append(token_id)
+        self.queue.charge_output(seq)
         if not seq.block_table:  # preempted with this step in flight: the token was no progress since then
             seq.progress_at_preemption = seq.progress
         if may_stop and token_id in seq.sampling.stop_token_ids:
             return self._finish(seq, tokens, "stop", now, stop=token_id)
         if len(seq.outputs) >= seq.max_tokens:
             return self._finish(seq, tokens, "length", now)
+        if len(seq.outputs) >= seq.credit:
+            self._park(seq)
         return SequenceOutput(seq.id, tokens)
 
     def _finish(
@@ -275,10 +334,15 @@ class Scheduler:
     ) -> SequenceOutput:
         """Free everything that a sequence owns and make its terminal event."""
         self._take_out(seq)
+        if seq.conversation and reason != "error":
+            self.blocks.pin(seq.conversation, seq, now + seq.lease)
         self.blocks.release(seq)
+        self.host.drop(seq)
         self.idle_holders.pop(seq.id, None)
         del self.live[seq.id]
         seq.status = Status.FINISHED
+        if seq.first_scheduled_at is not None and not seq.is_score and reason not in ("error", "expired"):
+            self.estimates.add_end(now - seq.first_scheduled_at, len(seq.outputs), seq.max_tokens)
         return SequenceOutput(seq.id, tokens, seq.finish_output(reason, now, error=error, stop=stop))
 
     def _take_out(self, seq: Sequence) -> None:
@@ -293,7 +357,8 @@ class Scheduler:
 class _PlanBuilder:
     """Spends one step's tokens and rows of logits."""
 
-    def __init__(self, num_tokens: int, num_logits: int) -> None:
+    def __init__(self, num_tokens: int, num_logits: int, now: float) -> None:
+        self._now = now
         self._tokens_left = self._max_tokens = num_tokens
         self._logits_left = self._max_logits = num_logits
         self._sequences: list[ScheduledSequence] = []
@@ -315,9 +380,9 @@ class _PlanBuilder:
         self._tokens_left -= num_tokens
         self._logits_left -= num_logits
 
-    def build(self) -> StepPlan:
+    def build(self, swaps: tuple[Swap, ...]) -> StepPlan:
         num_tokens = self._max_tokens - self._tokens_left
-        return StepPlan(tuple(self._sequences), num_tokens, self._max_logits - self._logits_left)
+        return StepPlan(tuple(self._sequences), num_tokens, self._max_logits - self._logits_left, swaps, self._now)
 
 
 def _order(seq: Sequence) -> int:

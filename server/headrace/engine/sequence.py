@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from headrace.engine.config import INT32_MAX
+from headrace.engine.timeline import Timeline
 from headrace.engine.types import FinishOutput, FinishReason, SequenceRequest
 
 
@@ -33,48 +35,67 @@ class Sequence:
 
     __slots__ = (
         "block_table",
+        "conversation",
+        "credit",
         "deadline",
         "first_scheduled_at",
         "first_token_at",
         "full_blocks",
+        "host_table",
         "id",
+        "is_held",
         "is_score",
+        "lease",
         "logit_bias",
         "max_tokens",
         "num_cached_tokens",
         "num_computed",
         "num_registered",
         "num_scored",
+        "num_swapped",
         "order",
         "outputs",
         "pending_row",
+        "priority",
         "progress_at_preemption",
         "prompt",
         "salt",
         "sampling",
+        "standing",
         "status",
         "submitted_at",
+        "tenant",
+        "timeline",
         "tokens",
     )
 
     def __init__(self, request: SequenceRequest, order: int, now: float) -> None:
         self.id = request.id
-        self.order = order  # of acceptance; smaller is served first
+        self.order = order  # of acceptance
+        self.tenant = request.tenant
+        self.priority = request.priority  # 0 is the most urgent class
+        self.standing = request.priority  # class in which it runs; set when it is admitted
         self.prompt = request.prompt
-        self.tokens = list(request.prompt)  # prompt and outputs
-        self.outputs: list[int] = []
+        self.tokens = [*request.prompt, *request.held]  # prompt and outputs
+        self.outputs: list[int] = list(request.held)
         self.sampling = request.sampling
         self.logit_bias = tuple(request.sampling.logit_bias.items())
         self.max_tokens = request.sampling.max_tokens
         self.is_score = request.score
         self.salt = request.salt
         self.deadline = request.deadline
+        self.conversation = request.conversation
+        self.lease = request.lease
+        self.credit = request.credit if request.credit >= 0 else INT32_MAX  # outputs that it may have so far
+        self.is_held = False  # the front end does not want it to run
         self.status = Status.WAITING
 
         self.num_computed = 0  # leading tokens whose KV is in the blocks
         self.num_scored = 0  # leading positions whose next token has been scored
         self.block_table: list[int] = []  # grows by append; `BlockManager.release` puts a new list in its place
         self.full_blocks: list[BlockContent] = []  # of `tokens`, as far as anybody has asked
+        self.host_table: list[int] = []  # host blocks that hold its KV while it has no others (`swap.HostPool`)
+        self.num_swapped = 0  # leading tokens whose KV is there
         self.num_registered = 0  # leading blocks that are settled with the prefix cache
         self.progress_at_preemption = -1  # `progress` when its blocks were last taken; -1: it may be preempted
 
@@ -83,6 +104,7 @@ class Sequence:
         self.submitted_at = request.arrival or now
         self.first_scheduled_at: float | None = None
         self.first_token_at: float | None = None
+        self.timeline = Timeline() if request.is_traced else None
 
     @property
     def num_to_compute(self) -> int:
@@ -94,6 +116,11 @@ class Sequence:
     def has_pending(self) -> bool:
         """Whether the step in flight samples a token of this sequence that the next step may start from."""
         return self.pending_row >= 0
+
+    @property
+    def may_run(self) -> bool:
+        """Whether the front end takes another output of it."""
+        return not self.is_held and len(self.outputs) < self.credit
 
     @property
     def progress(self) -> int:
@@ -123,4 +150,5 @@ class Sequence:
             queue_seconds=max(0.0, scheduled - self.submitted_at),
             prefill_seconds=max(0.0, first - scheduled),
             decode_seconds=max(0.0, now - first),
+            timeline=self.timeline.events() if self.timeline is not None else (),
         )

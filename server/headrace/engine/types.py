@@ -10,6 +10,8 @@ from typing import Literal
 
 import msgspec
 
+INTERACTIVE, STANDARD, BATCH = 0, 1, 2  # classes of priority, the most urgent first
+
 FinishReason = Literal["stop", "length", "cancelled", "expired", "error"]
 
 
@@ -34,6 +36,27 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_logprobs: int = -1  # -1: none
 
 
+class TimelineEvent(msgspec.Struct, frozen=True, array_like=True):
+    """What happened to a traced sequence, and when. `until`, `num_tokens` and `step` are set for "prefill" only."""
+
+    kind: Literal["prefill", "preempted", "parked", "resumed"]
+    at: float
+    until: float = 0.0
+    num_tokens: int = 0
+    step: int = 0
+
+
+class StepRecord(msgspec.Struct, frozen=True, array_like=True):
+    """A step that was run: its number from 1, when it was decided and done, and what was in it."""
+
+    number: int
+    started: float
+    ended: float
+    num_tokens: int
+    num_sequences: int
+    traced: tuple[int, ...] = ()  # ids of the traced sequences in it
+
+
 class SequenceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One sequence to run.
 
@@ -48,6 +71,13 @@ class SequenceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline: float | None = None
     score: bool = False
     arrival: float = 0.0
+    priority: Literal[0, 1, 2] = STANDARD
+    tenant: str = ""  # whose share of the engine it uses
+    is_traced: bool = False  # its FinishOutput tells its timeline
+    credit: int = -1  # output tokens until `Engine.grant`; -1: no limit
+    conversation: int = 0  # key under which its KV stays cached after its end; 0: none
+    lease: float = 0.0  # for so many seconds
+    held: list[int] = []  # output tokens that were generated elsewhere: it goes on after them
 
 
 class TokenOutput(msgspec.Struct, frozen=True):
@@ -70,6 +100,7 @@ class FinishOutput(msgspec.Struct, frozen=True):
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    timeline: tuple[TimelineEvent, ...] = ()
 
 
 class SequenceOutput(msgspec.Struct, frozen=True):
@@ -93,3 +124,14 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_prefix_hits: int = 0  # tokens found
     num_parked: int = 0
     num_step_failures: int = 0  # steps in which the executor raised
+    step_seconds: float = 0.0  # running estimates (`headrace.engine.estimates`): of a step without any tokens,
+    step_token_seconds: float = 0.0  # of one more token in it,
+    token_seconds: float = 0.0  # of what a stream waits for its next token,
+    residence_seconds: float = 0.0  # of the time from a sequence's first step to its end,
+    output_share: float = 0.0  # of how much of max_tokens is generated,
+    cached_share: float = 0.0  # of how much of a prompt the prefix cache holds
+    num_swapped_out: int = 0  # preemptions that kept their KV in host memory
+    num_host_blocks: int = 0
+    num_free_host_blocks: int = 0
+    num_pinned_blocks: int = 0  # of the free blocks, those that hold what conversations may come back to
+    num_pins_lost: int = 0  # conversations whose blocks were needed before their lease ended
