@@ -119,8 +119,8 @@ def pack(
     quants = [weight for weight in weights if isinstance(weight, QuantTensor)]
     if len(quants) == len(weights) and all(_has_kernel(quant) for quant in quants):
         return _pack_quants(quants, rows, dtype, is_gated, torch.device(device))
-    dense = torch.cat([_dense(weight).to(device, dtype) for weight in weights])
-    return make_rowwise("dense", dense, None, rows, dtype, is_gated)
+    joined = torch.cat([dense(weight).to(device, dtype) for weight in weights])
+    return make_rowwise("dense", joined, None, rows, dtype, is_gated)
 
 
 def unpack(packed: PackedLinear) -> list[QuantTensor] | list[torch.Tensor]:
@@ -159,6 +159,14 @@ def unpack(packed: PackedLinear) -> list[QuantTensor] | list[torch.Tensor]:
     return parts
 
 
+def dense(weight: Weight | torch.Tensor) -> torch.Tensor:
+    """A weight as a float tensor on the host, float32 unless it is a tensor already."""
+    if isinstance(weight, torch.Tensor):
+        return weight
+    values = weight.dequantize() if isinstance(weight, QuantTensor) else weight
+    return torch.from_numpy(np.array(values, np.float32))
+
+
 def make_rowwise(
     kind: LinearKind,
     weight: torch.Tensor,
@@ -173,7 +181,8 @@ def make_rowwise(
         weight = weight.view(torch.uint8)
     if is_gated:
         weight = _interleave(weight, 0)
-        scales = None if scales is None or kind == "fp8_block" else _interleave(scales[:, None], 0)[:, 0]
+        if scales is not None and kind != "fp8_block":  # whose blocks of gate precede those of up
+            scales = _interleave(scales[:, None], 0)[:, 0]
     per_line = 16 // weight.element_size()
     stride = _ceil(shape[1], per_line)
     if weight.stride() != (stride, 1):
@@ -224,13 +233,6 @@ def _has_kernel(quant: QuantTensor) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _dense(weight: Weight | torch.Tensor) -> torch.Tensor:
-    if isinstance(weight, torch.Tensor):
-        return weight
-    values = weight.dequantize() if isinstance(weight, QuantTensor) else weight
-    return torch.from_numpy(np.array(values, np.float32))
 
 
 def _groups(

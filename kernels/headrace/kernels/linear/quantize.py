@@ -26,6 +26,19 @@ class Quantized:
     scales: torch.Tensor
 
 
+def pack_as(
+    kind: LinearKind, weights: Sequence[torch.Tensor], *, dtype: torch.dtype, is_gated: bool = False
+) -> PackedLinear:
+    """Float weights [., K] as "w8a8", "fp8" or "fp8_block". Raises ValueError for another kind."""
+    if kind == "w8a8":
+        return pack_w8a8(weights, dtype=dtype, is_gated=is_gated)
+    if kind == "fp8":
+        return pack_fp8(weights, dtype=dtype, is_gated=is_gated)
+    if kind == "fp8_block":
+        return pack_fp8_block(weights, dtype=dtype, is_gated=is_gated)
+    raise ValueError(f"no weights are quantised to {kind}")
+
+
 def pack_w8a8(weights: Sequence[torch.Tensor], *, dtype: torch.dtype, is_gated: bool = False) -> PackedLinear:
     """Float weights [., K], rows one after the other, in int8. dtype: of the product's output."""
     quantized = quantize_rows(torch.cat(list(weights)), torch.int8)
@@ -43,26 +56,29 @@ def pack_fp8(weights: Sequence[torch.Tensor], *, dtype: torch.dtype, is_gated: b
     return pack_quantized("fp8", joined, [w.shape[0] for w in weights], dtype=dtype, is_gated=is_gated)
 
 
-def pack_fp8_block(weights: Sequence[torch.Tensor], *, dtype: torch.dtype) -> PackedLinear:
+def pack_fp8_block(weights: Sequence[torch.Tensor], *, dtype: torch.dtype, is_gated: bool = False) -> PackedLinear:
     """Float weights [., K] in e4m3, a scale per 128 x 128; all but the last have a multiple of 128 rows, so that no
-    block spans two. Not gated: interleaved rows would share blocks."""
+    block spans two. is_gated: (gate, up), of as many rows each, any number: each has blocks of its own."""
     rows = [weight.shape[0] for weight in weights]
-    if any(count % BLOCK for count in rows[:-1]):
+    if not is_gated and any(count % BLOCK for count in rows[:-1]):
         raise ValueError(f"matrices in blocks of {BLOCK} rows cannot be joined at {rows}")
-    return pack_quantized("fp8_block", quantize_blocks(torch.cat(list(weights))), rows, dtype=dtype)
+    parts = [quantize_blocks(weight) for weight in (weights if is_gated else [torch.cat(list(weights))])]
+    values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
+    joined = Quantized(values, torch.cat([part.scales for part in parts]))
+    return pack_quantized("fp8_block", joined, rows, dtype=dtype, is_gated=is_gated)
 
 
 def pack_quantized(
     kind: LinearKind, weight: Quantized, rows: Sequence[int], *, dtype: torch.dtype, is_gated: bool = False
 ) -> PackedLinear:
     """A weight that is quantised already, as a checkpoint holds it: values [N, K], scales float32 [N] (fp8_block:
-    [ceil(N / 128), ceil(K / 128)]). rows: of each source. Raises ValueError where these do not go together."""
+    [ceil(N / 128), ceil(K / 128)], of gate and up one above the other). rows: of each source. Raises ValueError where
+    these do not go together."""
     n, k = weight.values.shape
-    want = (-(-n // BLOCK), -(-k // BLOCK)) if kind == "fp8_block" else (n,)
+    blocks = 2 * -(-n // 2 // BLOCK) if is_gated else -(-n // BLOCK)
+    want = (blocks, -(-k // BLOCK)) if kind == "fp8_block" else (n,)
     if weight.scales.shape != want or sum(rows) != n:
         raise ValueError(f"{kind} of {n} x {k}: scales {list(weight.scales.shape)}, want {list(want)}; rows {rows}")
-    if kind == "fp8_block" and is_gated:
-        raise ValueError("gate and up in blocks of 128 rows cannot be interleaved")
     return make_rowwise(kind, weight.values, weight.scales.float(), tuple(rows), dtype, is_gated)
 
 
@@ -70,8 +86,11 @@ def unpack_quantized(packed: PackedLinear) -> torch.Tensor:
     """The float32 [N, K] that a w8a8, fp8 or fp8_block matrix stands for, gate above up where it is gated."""
     values, scales = packed.tensors["weight"].float(), packed.tensors["scales"]
     if packed.kind == "fp8_block":
-        spread = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-        return values * spread[: values.shape[0], : values.shape[1]]
+        values = packed.without_gate_padding(values)
+        halves = 2 if packed.is_gated else 1
+        spread = scales.repeat_interleave(BLOCK, 1)[:, : values.shape[1]]
+        spread = spread.view(halves, -1, values.shape[1]).repeat_interleave(BLOCK, 1)
+        return values * spread[:, : values.shape[0] // halves].reshape(values.shape)
     return packed.without_gate_padding(values * scales[:, None])
 
 

@@ -248,6 +248,7 @@ def _launch_direct(operands: _Operands, weight: PackedLinear, tiles: Tiles, conf
         out.stride(0),
         0 if residual is None else residual.stride(0),
         0 if x_scale is None else x_scale.stride(0),
+        x_scale.stride(1) if x_scale is not None and x_scale.ndim == 2 else 0,
         0 if scales is None else scales.stride(0),
         operands.eps,
         IS_BLOCK_SCALED=weight.kind == "fp8_block",
@@ -340,7 +341,8 @@ def _check(
         raise ValueError(f"linear: the int8 weights of a w8a8 matrix take int8 x, not {x.dtype}")
     if x_scale is not None:
         want = (x.shape[0], -(-k // 128)) if weight.kind == "fp8_block" else (x.shape[0],)
-        if x_scale.shape != want or x_scale.dtype != torch.float32 or x_scale.stride(-1) != 1:
+        is_dense = x_scale.ndim == 2 or x_scale.stride(-1) == 1
+        if x_scale.shape != want or x_scale.dtype != torch.float32 or not is_dense:
             raise ValueError(f"linear: x_scale {_describe(x_scale)}: want {list(want)} float32")
     for name, tensor in (("out", out), ("residual", residual)):
         if tensor is None:

@@ -2,7 +2,8 @@
 
 A tile is [BLOCK_N rows of the weight, BLOCK_M rows of x] float32: weights are the matrix unit's first operand, so that
 few rows of x waste little of it. Whatever changes a row's bits is done in an order that no block size changes:
-along K by the matrix unit, and chunks of K first to last. Called by `triton_packed.py` and `triton_direct.py`.
+along K by the matrix unit, and chunks of K first to last. Called by `triton_packed.py`, `triton_direct.py` and the
+persistent kernels of many rows.
 """
 
 import triton
@@ -23,11 +24,18 @@ def tile_of_program(num_n, num_m, SPLITS: tl.constexpr, SPLIT_GRID: tl.constexpr
     if SPLIT_GRID:
         chunk = pid % SPLITS
         pid = pid // SPLITS
-    group = pid // (GROUP * num_m)
+    tile_n, tile_m = tile_at(pid, num_n, num_m, GROUP)
+    return tile_n, tile_m, chunk
+
+
+@triton.jit
+def tile_at(index, num_n, num_m, GROUP: tl.constexpr):
+    """(tile of rows of the weight, tile of rows of x) number `index`, in groups of GROUP tiles of weights."""
+    group = index // (GROUP * num_m)
     first = group * GROUP
     size = tl.minimum(num_n - first, GROUP)
-    inside = pid - group * (GROUP * num_m)
-    return first + inside % size, inside // size, chunk
+    inside = index - group * (GROUP * num_m)
+    return first + inside % size, inside // size
 
 
 @triton.jit
