@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
+from typing import Literal
 
 import msgspec
 import pytest
 from headrace.engine.types import EngineStats, SamplingParams, SequenceOutput, SequenceRequest, TokenOutput
 from headrace.server import frames
 from headrace.server.config import ConfigError, ServerConfig
-from headrace.server.logs import TextFormatter
+from headrace.server.logs import formatter
 
 REQUEST = SequenceRequest(
     id=2**62, prompt=[1, 2, 3], sampling=SamplingParams(max_tokens=4, seed=2**64 - 1), deadline=1.5
@@ -77,9 +80,29 @@ def test_a_models_name_is_made_from_its_source(model: str, name: str) -> None:
     assert ServerConfig(model=model).name == name
 
 
-def test_a_text_log_line_cannot_be_forged_by_a_label() -> None:
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_log_line_cannot_be_forged_by_a_label(log_format: Literal["text", "json"]) -> None:
     record = logging.LogRecord("headrace.request", logging.INFO, "", 0, "request", None, None)
-    record.fields = {"label": "a b\n2026 ERROR fake", "status": "OK", "seconds": 0.5}
-    line = TextFormatter().format(record)
-    assert "\n" not in line
-    assert line.endswith('label="a b\\n2026 ERROR fake" status=OK seconds=0.5')
+    record.fields = {"label": "a b\n2026 ERROR fake\x1b[2J", "status": "OK", "seconds": 0.5}
+    line = formatter(log_format).format(record)
+    assert line.isprintable()
+    if log_format == "json":
+        fields = json.loads(line)
+        assert (fields["level"], fields["message"], fields["status"], fields["seconds"]) == (
+            "info",
+            "request",
+            "OK",
+            0.5,
+        )
+    else:
+        assert "level=info logger=headrace.request message=request" in line
+        assert line.endswith("status=OK seconds=0.5")
+
+
+def test_a_traceback_is_one_line_of_json_and_many_of_text() -> None:
+    try:
+        raise ValueError("bad")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "failed", None, sys.exc_info())
+    assert "ValueError: bad" in json.loads(formatter("json").format(record))["exception"]
+    assert formatter("text").format(record).splitlines()[-1] == "ValueError: bad"

@@ -1,58 +1,68 @@
-"""Log lines for people ("text") or for collectors ("json": one object per line). Set up once, by the CLI.
+"""Log lines for people ("text": logfmt) or for collectors ("json": one object per line). Set up once, by the CLI.
 
-Request lines come from `rpc.py` with their fields in `extra`; a caller's label is escaped, so that it cannot forge a
-line.
+Everything logs through the standard library; structlog renders. Request lines come from `rpc.py` with their fields in
+`extra`: ids, counts, times and how it ended, never content. A caller's label is escaped, so that it cannot forge a line.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-import time
 from typing import Literal
 
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
 
-class TextFormatter(logging.Formatter):
-    """2026-11-24 06:31:11.123 INFO headrace.request request method=... status=OK ..."""
+LogFormat = Literal["text", "json"]
 
-    default_msec_format = "%s.%03d"
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", None)
-        line = super().formatMessage(record)
-        if fields:
-            line += "".join(f" {key}={_text_value(value)}" for key, value in fields.items())
-        return line
+_logfmt = structlog.processors.LogfmtRenderer(
+    key_order=("time", "level", "logger", "message"), drop_missing=True, bool_as_flag=False
+)
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object per line, ASCII only."""
+def formatter(log_format: LogFormat) -> logging.Formatter:
+    """Renders one record as one line."""
+    renderer: Processor
+    if log_format == "json":
+        renderer = structlog.processors.JSONRenderer(ensure_ascii=True)
+    else:
+        renderer = _render_text
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[
+            structlog.stdlib.add_log_level,
+            structlog.stdlib.add_logger_name,
+            structlog.processors.TimeStamper(fmt="iso", key="time", utc=True),
+            _add_fields,
+        ],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            structlog.processors.EventRenamer("message"),
+            renderer,
+        ],
+    )
 
-    def format(self, record: logging.LogRecord) -> str:
-        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, object] = {
-            "time": f"{seconds}.{int(record.msecs):03d}Z",
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line.update(getattr(record, "fields", {}))
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
 
-
-def configure(log_format: Literal["text", "json"], level: int = logging.INFO) -> None:
+def configure(log_format: LogFormat, level: int = logging.INFO) -> None:
     """Send all of the process's log records to stderr in this format."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.setFormatter(formatter(log_format))
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-def _text_value(value: object) -> str:
-    text = str(value)
-    return text if text.isalnum() or text.replace(".", "", 1).isalnum() else json.dumps(text)
+def _add_fields(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """The `fields` of the record's `extra`, control characters escaped: logfmt itself escapes line feeds only."""
+    fields = getattr(event["_record"], "fields", {})
+    event.update({key: _escaped(value) if isinstance(value, str) else value for key, value in fields.items()})
+    return event
+
+
+def _render_text(logger: WrappedLogger, name: str, event: EventDict) -> str:
+    """logfmt; a traceback stays as people know it, below the line."""
+    trace = event.pop("exception", "")
+    line = _logfmt(logger, name, event)
+    return f"{line}\n{trace}" if trace else line
+
+
+def _escaped(value: str) -> str:
+    return value if value.isprintable() else value.encode("unicode_escape").decode("ascii")
