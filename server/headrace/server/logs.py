@@ -1,7 +1,7 @@
 """Log lines for people ("text": logfmt) or for collectors ("json": one object per line). Set up once, by the CLI.
 
 Everything logs through the standard library; structlog renders. Request lines come from `rpc.py` with their fields in
-`extra`: ids, counts, times and how it ended, never content. A caller's label is escaped, so that it cannot forge a line.
+`extra`: ids, counts, times and how it ended, never content. A caller's label is escaped: it cannot forge a line.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ _logfmt = structlog.processors.LogfmtRenderer(
 
 def formatter(log_format: LogFormat) -> logging.Formatter:
     """Renders one record as one line."""
-    renderer: Processor
+    renderer: Processor = _render_text
     if log_format == "json":
         renderer = structlog.processors.JSONRenderer(ensure_ascii=True)
-    else:
-        renderer = _render_text
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[
             structlog.stdlib.add_log_level,
