@@ -14,12 +14,15 @@ from headrace.kernels.gpu.ops import (
     GpuProgram,
     Norm,
     Product,
+    QuantizeGated,
+    QuantizeRows,
     RopeKv,
     WeightForm,
     describe,
     form_of,
     pack_specs,
 )
+from headrace.kernels.gpu.quantization import KINDS, problem_of, quantized_forms
 from headrace.kernels.program import Add, GatedActivation, SelectRows
 from headrace.kernels.torch_executor import TorchExecutor
 from headrace.models.load import LoadedModel, load_model
@@ -131,3 +134,48 @@ def test_only_what_is_used_is_packed_and_kept(tiny_models: TinyModels) -> None:
     names = {name for op in program.ops if isinstance(op, Embed) for name in (op.out,)}
     assert names <= {buffer.name for buffer in program.buffers}
     assert "gate" not in {buffer.name for buffer in program.buffers}  # the fused product never stores it
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3-capped"])
+def test_inputs_of_8_bits_keep_the_meaning(tiny_models: TinyModels, architecture: str, quantization: str) -> None:
+    model = load_model(tiny_models.gguf(architecture, "Q8_0"))
+    forms = quantized_forms(model.program, forms_of(model), quantization)
+    for options in (LowerOptions(), LowerOptions(has_norm_prologue=False)):
+        program = lower(model.program, forms, options)
+        np.testing.assert_allclose(logits(model, program), logits(model, None), rtol=1e-4, atol=1e-4)
+        quantized = {spec.name for spec in program.matrices if spec.quantized}
+        products = [op for op in program.ops if isinstance(op, Product)]
+        assert all((op.x_scale is not None) == (op.matrix in quantized) for op in products)
+        assert not any(op.norm for op in products if op.matrix in quantized)
+        assert {op.matrix for op in products if op.out == program.logits}.isdisjoint(quantized)
+
+
+def test_norms_and_gates_quantise_what_they_write(tiny_models: TinyModels) -> None:
+    """Two launches a layer do nothing else: before the output product, and where gate and up are one before down."""
+    model = load_model(tiny_models.gguf("llama"))
+    layers = len(model.program.kv)
+    for quantization, rows, gated in (("int8", 2, 0), ("fp8-block", 1, 1)):
+        program = lower(model.program, quantized_forms(model.program, forms_of(model), quantization))
+        kinds = [type(op) for op in program.ops]
+        assert (kinds.count(QuantizeRows), kinds.count(QuantizeGated)) == (rows * layers, gated * layers)
+        norms = [op for op in program.ops if isinstance(op, Norm)]
+        assert len(norms) == 2 * layers
+        assert all(norm.out_scale for norm in norms)
+        assert GatedActivation not in kinds
+
+
+def test_rows_in_8_bits_are_used_again_until_they_change(tiny_models: TinyModels) -> None:
+    """Two products of one input that could not be joined: it is quantised once."""
+    model = load_model(tiny_models.gguf("qwen2"))  # 96 columns: blocks of 128 rows would span q and k
+    program = lower(model.program, quantized_forms(model.program, forms_of(model), "fp8-block"))
+    first = next(i for i, op in enumerate(program.ops) if isinstance(op, Norm))
+    kinds = [type(op) for op in program.ops[first : first + 5]]
+    assert kinds == [Norm, Product, Product, Product, RopeKv]
+
+
+def test_fp8_is_refused_where_it_cannot_be_multiplied() -> None:
+    assert "8.9" in problem_of("fp8-block", (8, 6), "A10")
+    assert "int8" in problem_of("fp8", (8, 0), "A100")
+    for fine in (("fp8", (8, 9)), ("fp8", None), ("int8", (8, 0)), ("none", (8, 0))):
+        assert problem_of(fine[0], fine[1], "GPU") == ""

@@ -4,8 +4,10 @@ executor and compare logits."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from headrace.kernels.gpu import ops as gpu
+from headrace.kernels.gpu.names import names_of
 from headrace.kernels.program import (
     Add,
     Buffer,
@@ -23,12 +25,24 @@ from headrace.kernels.program import (
 
 def expand(program: gpu.GpuProgram, original: StepProgram) -> StepProgram:
     """The program in reference ops. Views become buffers of their own, so a name that is read but was never written as
-    that name fails; what an epilogue leaves undefined is not computed, so reading it fails too."""
+    that name fails; what an epilogue leaves undefined is not computed, so reading it fails too. Rows in 8 bits are the
+    rows themselves; reading them once these have changed fails."""
     buffers = {buffer.name: buffer for buffer in program.buffers}
     for view in program.views:
         buffers[view.name] = Buffer(view.name, buffers[view.buffer].rows, view.width)
-    ops = tuple(part for number, op in enumerate(program.ops) for part in _expand_op(op, number, program, original))
-    return StepProgram(tuple(buffers.values()), ops, original.weights, program.kv, program.vocab_size, program.logits)
+    ops: list[Op] = []
+    names, held = names_of(program), dict[str, str]()
+    for number, op in enumerate(program.ops):
+        if isinstance(op, gpu.QuantizeRows):
+            held[op.out] = op.x
+            continue
+        if isinstance(op, gpu.Product):
+            op = replace(op, x=held.get(op.x, op.x))
+        ops += _expand_op(op, number, program, original)
+        held = {out: x for out, x in held.items() if not any(names.overlap(x, name) for name in gpu.writes(op))}
+    return StepProgram(
+        tuple(buffers.values()), tuple(ops), original.weights, program.kv, program.vocab_size, program.logits
+    )
 
 
 def _expand_op(op: gpu.GpuOp, number: int, program: gpu.GpuProgram, original: StepProgram) -> Iterator[Op]:
@@ -41,6 +55,8 @@ def _expand_op(op: gpu.GpuOp, number: int, program: gpu.GpuProgram, original: St
     elif isinstance(op, gpu.Attention):
         shape = (op.num_heads, op.num_kv_heads, op.head_dim)
         yield PagedAttention(op.out, op.q, op.layer, *shape, op.scale, op.window, op.soft_cap)
+    elif isinstance(op, gpu.QuantizeGated):
+        yield GatedActivation(op.out, op.gate, op.up, op.kind)
     elif isinstance(op, gpu.Product):
         yield from _product(op, number, program, original)
     else:

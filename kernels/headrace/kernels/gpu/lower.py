@@ -27,6 +27,7 @@ from headrace.kernels.gpu.ops import (
     reads,
     writes,
 )
+from headrace.kernels.gpu.quantization import BLOCK, quantize_inputs
 from headrace.kernels.gpu.select import select_rows_early
 from headrace.kernels.program import (
     Add,
@@ -112,6 +113,8 @@ def fuse_gates(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuP
         fits = (act.gate, act.up) == (gate.out, up.out) and gate.out != up.out and gate.x == up.x
         if not fits or gate.bias or up.bias or forms[gate.matrix] != forms[up.matrix]:
             return None
+        if forms[gate.matrix].kind == "fp8_block":  # rows that alternate would share the scales of a block
+            return None
         if names.overlap(act.out, gate.x) or not all(names.is_dead(name, i + 3) for name in (act.gate, act.up)):
             return None
         spec = PackSpec(f"{gate.matrix}+{up.matrix}", (gate.matrix, up.matrix), is_gated=True)
@@ -140,6 +143,8 @@ def merge_products(program: GpuProgram, forms: Forms, options: LowerOptions) -> 
         for op in run:
             view = views.get(op.out)
             same = forms[op.matrix] == forms[run[0].matrix] and bool(op.bias) == bool(run[0].bias)
+            if forms[op.matrix].kind == "fp8_block" and (end - first.column) % BLOCK:
+                break  # no block may span two matrices
             if view is None or (view.buffer, view.column) != (first.buffer, end) or not same:
                 break
             end += view.width
@@ -293,6 +298,10 @@ def _select_early(program: GpuProgram, forms: Forms, options: LowerOptions) -> G
     return select_rows_early(program)
 
 
+def _quantize_inputs(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuProgram:
+    return quantize_inputs(program, forms)
+
+
 def drop_unused(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuProgram:
     """Buffers and views that no op names any more need no memory."""
     used = {name for op in program.ops for name in (*reads(op), *writes(op))}
@@ -310,6 +319,7 @@ REWRITES: tuple[Rewrite, ...] = (
     fuse_norms,
     fuse_rope_epilogue,
     _select_early,
+    _quantize_inputs,
     drop_unused,
 )
 

@@ -53,7 +53,8 @@ def kv_block_bytes(layouts: Iterable[KvLayout], block_size: int, dtype: GpuKvDty
 
 
 def weight_bytes(program: StepProgram, forms: Mapping[str, WeightForm], compute: ComputeDtype) -> int:
-    """Bytes of the packed weights: scales and zeros in the compute dtype, norms and biases in float32."""
+    """Bytes of the packed weights: scales and zeros in the compute dtype, norms and biases in float32. What is
+    quantised at load has a byte a weight and a float32 scale a row, or fewer."""
     total = 0
     for spec in program.weights:
         count = math.prod(spec.shape)
@@ -62,6 +63,8 @@ def weight_bytes(program: StepProgram, forms: Mapping[str, WeightForm], compute:
             total += 4 * count
         elif form.kind == "dense":
             total += ITEM_BYTES[compute] * count
+        elif form.group_size == 0:
+            total += count + 4 * spec.shape[0]
         else:
             groups = count // form.group_size * (2 if form.has_zeros else 1)
             total += (count // 2 if form.kind == "int4" else count) + groups * ITEM_BYTES[compute]

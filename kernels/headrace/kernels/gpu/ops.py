@@ -14,16 +14,18 @@ from headrace.kernels.program import Add, Buffer, GatedActivation, KvLayout, Sel
 from headrace.kernels.quant import QuantTensor, Weight
 
 Activation = Literal["silu", "gelu_tanh"]
+# Weights and what they multiply in 8 bits (`headrace.kernels.linear.quantize`): no file's own, made at load.
+QuantizedKind = Literal["w8a8", "fp8", "fp8_block"]
 
 
 @dataclass(frozen=True)
 class WeightForm:
     """How a matrix is stored once packed; matrices of one form can be joined in one product.
 
-    kind: of QuantTensor, or "dense". group_size: 0 for dense.
+    kind: of QuantTensor, "dense", or what it is quantised to at load. group_size: 0 but for int4 and int8.
     """
 
-    kind: Literal["int4", "int8", "dense"]
+    kind: Literal["int4", "int8", "dense"] | QuantizedKind
     group_size: int = 0
     has_zeros: bool = False
 
@@ -38,11 +40,19 @@ def form_of(weight: Weight) -> WeightForm:
 @dataclass(frozen=True)
 class PackSpec:
     """One packed matrix: the rows of `sources` one after the other, or, `is_gated`, of two sources (gate, up) as
-    `headrace.kernels.linear.pack` interleaves them."""
+    `headrace.kernels.linear.pack` interleaves them. quantized: what they become at load; None: what the file has."""
 
     name: str
     sources: tuple[str, ...]
     is_gated: bool = False
+    quantized: QuantizedKind | None = None
+
+
+@dataclass(frozen=True)
+class TypedBuffer(Buffer):
+    """A buffer of its own type: rows in 8 bits, or float32 scales."""
+
+    kind: Literal["int8", "fp8", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +84,34 @@ class Embed:
 
 @dataclass(frozen=True)
 class Norm:
-    """As program.RmsNorm."""
+    """As program.RmsNorm; with out_scale the rows of `out` are quantised, as by QuantizeRows."""
 
     out: str
     x: str
     weight: str
     eps: float
     group: int
+    out_scale: str | None = None
+
+
+@dataclass(frozen=True)
+class QuantizeRows:
+    """out * out_scale = x, as near as the type of `out` allows. out_scale: a scale per row, or per 128 columns."""
+
+    out: str
+    out_scale: str
+    x: str
+
+
+@dataclass(frozen=True)
+class QuantizeGated:
+    """As QuantizeRows, of act(gate) * up."""
+
+    out: str
+    out_scale: str
+    gate: str
+    up: str
+    kind: Activation
 
 
 @dataclass(frozen=True)
@@ -107,9 +138,9 @@ class RopeKv:
 class Product:
     """norm(x) @ matrix.T (+ bias), then one epilogue: act(gate) * up of a gated matrix, + residual, or RopeKv.
 
-    matrix: the name of a PackSpec. bias: vectors that together are as long as the matrix has rows, or (). residual may
-    be `out`. rope_kv: the product's columns are q, k and v; what stays in `out` is q, turned; k and v go to the KV
-    blocks and their columns of `out` may hold anything afterwards.
+    matrix: the name of a PackSpec. x_scale: scales of rows in 8 bits. bias: vectors that together are as long as the
+    matrix has rows, or (). residual may be `out`. rope_kv: the product's columns are q, k and v; what stays in `out` is
+    q, turned; k and v go to the KV blocks and their columns of `out` may hold anything afterwards.
     """
 
     out: str
@@ -120,6 +151,7 @@ class Product:
     residual: str | None = None
     activation: Activation | None = None
     rope_kv: RopeKv | None = None
+    x_scale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +169,19 @@ class Attention:
     soft_cap: float = 0.0
 
 
-GpuOp = Embed | Norm | RopeKv | Product | Attention | Add | GatedActivation | SelectRows | SoftCap
+GpuOp = (
+    Embed
+    | Norm
+    | QuantizeRows
+    | QuantizeGated
+    | RopeKv
+    | Product
+    | Attention
+    | Add
+    | GatedActivation
+    | SelectRows
+    | SoftCap
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +189,7 @@ class GpuProgram:
     """A step program for the GPU.
 
     matrices: what is packed. vectors: norms and biases. After the last op the buffer `logits`, float32, holds the
-    logits; every other buffer is of the compute dtype.
+    logits; every other buffer is of the compute dtype, unless it is a TypedBuffer.
     """
 
     buffers: tuple[Buffer, ...]
@@ -170,14 +214,14 @@ def reads(op: GpuOp) -> tuple[str, ...]:
     if isinstance(op, Embed):
         return ()
     if isinstance(op, Product):
-        return (op.x,) if op.residual is None else (op.x, op.residual)
+        return tuple(name for name in (op.x, op.x_scale, op.residual) if name is not None)
     if isinstance(op, RopeKv):
         return tuple(name for name in (op.q, op.k, op.v) if name is not None)
     if isinstance(op, Attention):
         return (op.q,)
     if isinstance(op, Add):
         return (op.a, op.b)
-    if isinstance(op, GatedActivation):
+    if isinstance(op, (GatedActivation, QuantizeGated)):
         return (op.gate, op.up)
     return (op.x,)
 
@@ -186,6 +230,8 @@ def writes(op: GpuOp) -> tuple[str, ...]:
     """Names of the buffers that an op writes."""
     if isinstance(op, RopeKv):
         return tuple(name for name in (op.q, op.k) if name is not None)
+    if isinstance(op, (Norm, QuantizeRows, QuantizeGated)):
+        return (op.out,) if op.out_scale is None else (op.out, op.out_scale)
     return (op.x,) if isinstance(op, SoftCap) else (op.out,)
 
 

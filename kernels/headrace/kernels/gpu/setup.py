@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from headrace.kernels.gpu import attention, device, memory, tuning
-from headrace.kernels.gpu.ops import Attention, GpuProgram
+from headrace.kernels.gpu.ops import Attention, GpuProgram, TypedBuffer
 from headrace.kernels.gpu.shape import StepLimits
 from headrace.kernels.gpu.weights import DeviceWeights
 from headrace.kernels.linear import triton as linear
@@ -189,5 +189,6 @@ def activation_bytes(program: GpuProgram, limits: StepLimits, options: GpuOption
     total = _MAX_ATTENTION_WORKSPACE
     for buffer in program.buffers:
         rows = limits.max_tokens if buffer.rows == "tokens" else limits.max_logit_rows
-        total += rows * buffer.width * (4 if buffer.name == program.logits else item)
+        size = {"int8": 1, "fp8": 1, "fp32": 4}[buffer.kind] if isinstance(buffer, TypedBuffer) else item
+        total += rows * buffer.width * (4 if buffer.name == program.logits else size)
     return total

@@ -11,9 +11,21 @@ from typing import Any
 
 import torch
 from headrace.kernels.activation.triton import gated_activation, soft_cap
+from headrace.kernels.activation.triton_quantize import quantize_rows
 from headrace.kernels.embed.triton import embed
 from headrace.kernels.gpu.cache import LayerCache
-from headrace.kernels.gpu.ops import Attention, Embed, GpuOp, GpuProgram, Norm, Product, RopeKv
+from headrace.kernels.gpu.ops import (
+    Attention,
+    Embed,
+    GpuOp,
+    GpuProgram,
+    Norm,
+    Product,
+    QuantizeGated,
+    QuantizeRows,
+    RopeKv,
+    TypedBuffer,
+)
 from headrace.kernels.gpu.setup import Launching
 from headrace.kernels.gpu.shape import StepLimits, StepShape
 from headrace.kernels.gpu.staging import DeviceBatch
@@ -24,6 +36,8 @@ from headrace.kernels.linear.triton import linear
 from headrace.kernels.program import Add, GatedActivation, SelectRows, SoftCap
 from headrace.kernels.rms_norm.triton import rms_norm
 from headrace.kernels.rope.triton import rope_kv
+
+_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp32": torch.float32}  # of a TypedBuffer
 
 
 class StepRunner:
@@ -75,6 +89,8 @@ class StepRunner:
         for buffer in self._program.buffers:
             rows = limits.max_tokens if buffer.rows == "tokens" else limits.max_logit_rows
             kind = torch.float32 if buffer.name == self._program.logits else dtype
+            if isinstance(buffer, TypedBuffer):
+                kind = _TYPES[buffer.kind]
             # Zeros: rows that no step has written yet hold no NaN that a profile of memory could meet.
             buffers[buffer.name] = torch.zeros((rows, buffer.width), dtype=kind, device=self._device)
         for view in self._program.views:
@@ -91,6 +107,13 @@ class StepRunner:
     def _vector(self, name: str | None) -> torch.Tensor | None:
         return None if name is None else self._weights.vectors[name]
 
+    def _scale(self, name: str | None, shape: StepShape) -> torch.Tensor | None:
+        """float32 [rows], or [rows, groups] where a row has several scales."""
+        if name is None:
+            return None
+        scales = self._tensor(name, shape)
+        return scales[:, 0] if scales.shape[1] == 1 else scales
+
     def _inv_freq(self, op: RopeKv) -> torch.Tensor:
         if op.inv_freq not in self._inv_freqs:
             self._inv_freqs[op.inv_freq] = torch.tensor(op.inv_freq, dtype=torch.float32, device=self._device)
@@ -102,21 +125,26 @@ class StepRunner:
 
     def _norm(self, op: Norm, shape: StepShape) -> None:
         x, weight = self._tensor(op.x, shape), self._weights.vectors[op.weight]
-        rms_norm(x, weight, op.eps, self._tensor(op.out, shape), group=op.group)
+        out_scale = self._scale(op.out_scale, shape)
+        rms_norm(x, weight, op.eps, self._tensor(op.out, shape), group=op.group, out_scale=out_scale)
 
     def _product(self, op: Product, shape: StepShape) -> None:
         x = self._tensor(op.x, shape)
         if not len(x):
             return
+        matrix, x_scale = self._weights.matrices[op.matrix], self._scale(op.x_scale, shape)
+        if x_scale is not None and matrix.kind == "fp8_block":
+            x_scale = x_scale.view(len(x), -1)
         linear(
             x,
-            self._weights.matrices[op.matrix],
+            matrix,
             self._tensor(op.out, shape),
             norm=None if op.norm is None else (self._weights.vectors[op.norm.weight], op.norm.eps),
             bias=self._weights.vectors["+".join(op.bias)] if op.bias else None,
             residual=None if op.residual is None else self._tensor(op.residual, shape),
             activation=op.activation,
             rope_kv=None if op.rope_kv is None else self._epilogue(op.rope_kv, shape),
+            x_scale=x_scale,
             workspace=self._launching.linear_workspace,
             config=self._launching.linear_config(op.matrix, len(x)),
         )
@@ -196,6 +224,15 @@ class StepRunner:
         gate, up, out = (self._tensor(name, shape) for name in (op.gate, op.up, op.out))
         gated_activation(gate, up, op.kind, out)
 
+    def _quantize_rows(self, op: QuantizeRows, shape: StepShape) -> None:
+        out_scale = self._scale(op.out_scale, shape)
+        assert out_scale is not None
+        quantize_rows(self._tensor(op.x, shape), self._tensor(op.out, shape), out_scale)
+
+    def _quantize_gated(self, op: QuantizeGated, shape: StepShape) -> None:
+        gate, up, out = (self._tensor(name, shape) for name in (op.gate, op.up, op.out))
+        gated_activation(gate, up, op.kind, out, out_scale=self._scale(op.out_scale, shape))
+
     def _select_rows(self, op: SelectRows, shape: StepShape) -> None:
         if not shape.selects_all and shape.num_logits:
             rows = self._batch.logit_rows[: shape.num_logits]
@@ -213,6 +250,8 @@ _RUN: dict[type[GpuOp], Callable[[StepRunner, Any, StepShape], None]] = {
     Attention: StepRunner._attend,
     Add: StepRunner._add,
     GatedActivation: StepRunner._gated_activation,
+    QuantizeRows: StepRunner._quantize_rows,
+    QuantizeGated: StepRunner._quantize_gated,
     SelectRows: StepRunner._select_rows,
     SoftCap: StepRunner._soft_cap,
 }

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from headrace.kernels.gpu.ops import GpuProgram, Product, pack_specs
+from headrace.kernels.gpu.ops import GpuProgram, PackSpec, Product, pack_specs
 from headrace.kernels.linear import PackedLinear, pack
+from headrace.kernels.linear.pack import dense
+from headrace.kernels.linear.quantize import pack_as
 from headrace.kernels.program import StepProgram
 from headrace.kernels.quant import QuantTensor, Weight
 
@@ -54,7 +56,7 @@ def upload(
     specs = pack_specs(program)
     matrices: dict[str, PackedLinear] = {}
     for number, spec in enumerate(specs):
-        packed = pack([weights[source] for source in spec.sources], dtype=dtype, is_gated=spec.is_gated)
+        packed = _pack(spec, weights, dtype)
         matrices[spec.name] = replace(packed, tensors={name: sender.send(t) for name, t in packed.tensors.items()})
         on_progress((number + 1) / len(specs))
     sender.finish()
@@ -67,6 +69,13 @@ def check_shapes(program: StepProgram, weights: Mapping[str, Weight]) -> None:
         weight = weights.get(spec.name)
         if weight is None or weight.shape != spec.shape:
             raise ValueError(f"weight {spec.name}: want {spec.shape}, have {None if weight is None else weight.shape}")
+
+
+def _pack(spec: PackSpec, weights: Mapping[str, Weight], dtype: torch.dtype) -> PackedLinear:
+    sources = [weights[source] for source in spec.sources]
+    if spec.quantized is None:
+        return pack(sources, dtype=dtype, is_gated=spec.is_gated)
+    return pack_as(spec.quantized, [dense(source) for source in sources], dtype=dtype, is_gated=spec.is_gated)
 
 
 def _vector(weight: Weight) -> torch.Tensor:
