@@ -25,8 +25,8 @@ from tests.engine.support import config, request
 class QueueingOracle(OracleExecutor):
     """Implements PipelinedExecutor. max_in_flight: the most steps that were ever queued at once."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        super().__init__(num_blocks, block_size)
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        super().__init__(num_blocks, block_size, num_host_blocks)
         self.queue: deque[list[RowResult]] = deque()
         self.last: list[int] = []
         self.max_in_flight = 0
