@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from headrace.client import Chunk, Finish, Message, Timing, TokenAlternative, TokenLogprob, Usage, convert
+from headrace.client import Chunk, Finish, Message, Timing, TokenAlternative, TokenLogprob, Usage, connection, convert
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import models_pb2
+from opentelemetry.sdk.trace import TracerProvider
 
 
 def test_a_prompt_has_exactly_one_form() -> None:
@@ -93,3 +94,15 @@ def test_enumerators_of_a_newer_server_are_survived() -> None:
     model.MergeFromString(b"\x10\x63")  # state = 99
     assert convert.to_finish(finish).reason == "error"
     assert convert.to_model(model).state == "failed"
+
+
+def test_the_callers_trace_goes_along() -> None:
+    provider = TracerProvider()
+    with provider.get_tracer("t").start_as_current_span("caller") as span:
+        metadata = dict(connection.merge_metadata({"A": "b"}, None) or ())
+    trace_id, span_id = metadata["traceparent"].split("-")[1:3]
+    assert metadata["a"] == "b"
+    assert (int(trace_id, 16), int(span_id, 16)) == (span.get_span_context().trace_id, span.get_span_context().span_id)
+    assert connection.merge_metadata(None, None) is None
+    with provider.get_tracer("t").start_as_current_span("caller"):
+        assert connection.merge_metadata(None, {"traceparent": "mine"}) == (("traceparent", "mine"),)

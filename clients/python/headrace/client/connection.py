@@ -12,6 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 import grpc
 from google.protobuf import wrappers_pb2
 
+try:  # no dependency of the client
+    from opentelemetry.propagate import inject as _inject
+except ImportError:
+    _inject = None  # type: ignore[assignment]
+
 Metadata = Mapping[str, str] | Iterable[tuple[str, str]]
 
 # grpc.health.v1: HealthCheckRequest is {string service = 1} and HealthCheckResponse {enum status = 1}, which on the
@@ -67,8 +72,13 @@ def channel_options(*, retries: bool) -> list[tuple[str, int | str]]:
 
 
 def merge_metadata(common: Metadata | None, own: Metadata | None) -> tuple[tuple[str, str], ...] | None:
-    """The client's metadata followed by the call's; keys in lower case, as gRPC demands."""
+    """The client's metadata followed by the call's; keys in lower case, as gRPC demands. Where the caller uses
+    OpenTelemetry, the context of its current span goes along, and the server's spans hang below that."""
     pairs = [*_pairs(common), *_pairs(own)]
+    if _inject is not None and not any(key.lower() == "traceparent" for key, _ in pairs):
+        carrier: dict[str, str] = {}
+        _inject(carrier)
+        pairs += carrier.items()
     return tuple((key.lower(), value) for key, value in pairs) or None
 
 
