@@ -152,15 +152,18 @@ def test_inputs_of_8_bits_keep_the_meaning(tiny_models: TinyModels, architecture
 
 
 def test_norms_and_gates_quantise_what_they_write(tiny_models: TinyModels) -> None:
-    """Two launches a layer do nothing else: before the output product, and where gate and up are one before down."""
+    """Two launches a layer do nothing else: before the output product, and before down where gate and up are one."""
     model = load_model(tiny_models.gguf("llama"))
     layers = len(model.program.kv)
-    for quantization, rows, gated in (("int8", 2, 0), ("fp8-block", 1, 1)):
-        program = lower(model.program, quantized_forms(model.program, forms_of(model), quantization))
+    apart = {f"blk.{layer}.ffn_up.weight": WeightForm("w8a8") for layer in range(layers)}
+    for quantization, other, rows, gated in (("int8", {}, 2, 0), ("fp8-block", {}, 2, 0), ("fp8", apart, 1, 1)):
+        forms = quantized_forms(model.program, forms_of(model), quantization) | other
+        program = lower(model.program, forms)
+        np.testing.assert_allclose(logits(model, program), logits(model, None), rtol=1e-4, atol=1e-4)
         kinds = [type(op) for op in program.ops]
         assert (kinds.count(QuantizeRows), kinds.count(QuantizeGated)) == (rows * layers, gated * layers)
         norms = [op for op in program.ops if isinstance(op, Norm)]
-        assert len(norms) == 2 * layers
+        assert len(norms) == (3 if other else 2) * layers  # in each of the two types
         assert all(norm.out_scale for norm in norms)
         assert GatedActivation not in kinds
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from headrace.models.errors import ModelError
 from headrace.server import backends, frames
 from headrace.server.backends import Choice
 from headrace.server.cli import hardware
-from headrace.server.config import ServerConfig
+from headrace.server.config import ConfigError, ServerConfig
 from headrace.server.engine_build import build_engine
 
 
@@ -181,6 +182,28 @@ def test_the_interpreter_is_taken_only_where_it_was_asked_for(monkeypatch: pytes
     found(monkeypatch, Probe(None, "interpreted", interprets=True))
     assert backends.choose().name == "native"
     assert backends.choose("triton") == Choice("triton", "interpreted", False)
+
+
+def test_weights_are_quantised_at_load_on_a_gpu_alone(tiny_llama_gguf: Path) -> None:
+    for backend in ("native", "torch"):
+        with pytest.raises(ModelError, match=f"the {backend} back end serves weights as the file stores them.*GGUF"):
+            build_engine(load_frame(tiny_llama_gguf, backend=backend, quantization="int8"), lambda _: None)
+        backends.check_quantization(backend, "none")
+
+
+def test_fp8_weights_need_a_gpu_that_multiplies_them(monkeypatch: pytest.MonkeyPatch, tiny_llama_gguf: Path) -> None:
+    found(monkeypatch, Probe(replace(H100, name="NVIDIA A100", capability=(8, 0)), "NVIDIA A100, sm_80"))
+    for wanted in ("fp8", "fp8-block"):
+        with pytest.raises(ModelError, match=r"8\.9 or newer.*A100 has 8\.0 and can do --quantization int8"):
+            build_engine(load_frame(tiny_llama_gguf, backend="triton", quantization=wanted), lambda _: None)
+    backends.check_quantization("triton", "int8")
+    found(monkeypatch, Probe(H100, "NVIDIA H100, sm_90"))
+    backends.check_quantization("triton", "fp8-block")
+
+
+def test_an_unknown_quantisation_is_an_error_of_the_configuration() -> None:
+    with pytest.raises(ConfigError, match="quantization must be none, int8, fp8 or fp8-block"):
+        ServerConfig(quantization="awq")  # type: ignore[arg-type]
 
 
 def test_fp8_keys_and_values_are_the_gpus_alone() -> None:

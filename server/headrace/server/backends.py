@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import util
 from typing import Literal
 
-from headrace.kernels.gpu import device
+from headrace.kernels.gpu import device, quantization
 from headrace.kernels.native import library
 from headrace.kernels.native.library import NativeInfo, NativeLibraryError
 from headrace.kernels.program import StepProgram
@@ -83,6 +83,21 @@ def choose_kv_dtype(backend: str, wanted: str) -> KvDtype:
         raise ModelError("the native back end keeps keys and values in fp32, fp16, bf16 or int8, not in fp8")
     chosen: dict[str, KvDtype] = {"auto": "fp16", **{name: name for name in _BYTES}}
     return chosen[wanted]
+
+
+def check_quantization(backend: str, wanted: str) -> None:
+    """Raises ModelError where `backend`, or the GPU, cannot quantise as wanted at load."""
+    if wanted == "none":
+        return
+    if backend != "triton":
+        raise ModelError(
+            f"the {backend} back end serves weights as the file stores them, so --quantization {wanted} needs "
+            "--backend triton (a GPU); on a CPU, serve a GGUF file of the wanted type (Q8_0, Q4_1, ...)"
+        )
+    gpu = device.probe().gpu
+    problem = "" if gpu is None else quantization.problem_of(wanted, gpu.capability, gpu.name)
+    if problem:
+        raise ModelError(problem)
 
 
 def token_budget(backend: str, wanted: int, max_num_seqs: int) -> int:

@@ -17,6 +17,7 @@ BackendName = Literal["auto", "native", "triton", "torch"]
 KvDtype = Literal["auto", "fp32", "fp16", "bf16", "fp8", "int8"]
 ComputeDtype = Literal["auto", "fp32", "fp16", "bf16"]
 AttentionName = Literal["auto", "triton", "flash"]
+Quantization = Literal["none", "int8", "fp8", "fp8-block"]
 
 
 class ConfigError(ValueError):
@@ -45,6 +46,7 @@ class ServerConfig:
     activation_bits: int = 8  # 8 or 16: of what meets quantised weights on the native back end
     compute_dtype: ComputeDtype = "auto"  # of activations and products on a GPU
     attention: AttentionName = "auto"  # which kernels compute attention on a GPU
+    quantization: Quantization = "none"  # what the layers' matrices become at load on a GPU; none: as the file has them
     gpu_memory_fraction: float = 0.92  # of the GPU's memory that weights, activations and KV blocks may take
     block_size: int = 0
     num_blocks: int = 0
@@ -127,6 +129,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "kv_dtype": get_args(KvDtype),
     "compute_dtype": get_args(ComputeDtype),
     "attention": get_args(AttentionName),
+    "quantization": get_args(Quantization),
     "log_format": ("text", "json"),
 }
 _TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}

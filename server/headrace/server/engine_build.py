@@ -45,6 +45,7 @@ def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Bui
     """
     choice = backends.choose(load.backend)
     log.log(logging.WARNING if choice.is_fallback else logging.INFO, "back end %s: %s", choice.name, choice.why)
+    backends.check_quantization(choice.name, load.quantization)
     if choice.name == "triton":
         from headrace.server.gpu_build import build_triton  # imports torch and triton
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from headrace.engine.engine import Engine
-from headrace.kernels.gpu import device, memory
+from headrace.kernels.gpu import device, memory, quantization
 from headrace.kernels.gpu.attention import AttentionName
 from headrace.kernels.gpu.executor import GpuExecutor, GpuOptions
 from headrace.kernels.gpu.ops import WeightForm, form_of
@@ -58,7 +58,7 @@ def _build(load: frames.Load, checkpoint: Checkpoint, on_progress: Callable[[flo
         weights,
         limits,
         options,
-        forms=_forms(checkpoint),
+        forms=quantization.quantized_forms(checkpoint.program, _forms(checkpoint), load.quantization),
         on_progress=lambda share: on_progress(_LOADING * share),
     )
     fitting = executor.num_kv_blocks(load.gpu_memory_fraction, -(-_LEAST_TOKENS // block_size))

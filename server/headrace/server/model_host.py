@@ -164,6 +164,7 @@ class ModelHost:
             compute_dtype=config.compute_dtype,
             attention=config.attention,
             gpu_memory_fraction=config.gpu_memory_fraction,
+            quantization=config.quantization,
         )
 
     @staticmethod

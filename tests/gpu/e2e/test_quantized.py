@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from headrace.engine.types import SamplingParams, SequenceRequest
 from headrace.kernels.gpu.executor import GpuExecutor, GpuOptions
 from headrace.kernels.gpu.ops import form_of
 from headrace.kernels.gpu.quantization import KINDS, quantized_forms
@@ -21,10 +22,12 @@ from headrace.kernels.program import Linear
 from headrace.kernels.quant import Weight
 from headrace.kernels.torch_executor import TorchExecutor, _Step
 from headrace.models.load import LoadedModel, load_model
+from headrace.server.engine_build import build_engine
 
 from tests.conftest import TinyModels
 from tests.gpu.e2e.support import BLOCK, NUM_BLOCKS
 from tests.gpu.e2e.test_executor import steps
+from tests.server.test_backends import load_frame
 from tests.support.stepping import step_batch
 
 # Norm of the error over the norm of the logits. The same rounding in both: 1e-6, unless a difference in the last place
@@ -126,3 +129,22 @@ def test_rows_are_bit_equal_whatever_runs_beside_them(tiny_models: TinyModels, d
     others = [([5 + i], 0, [2 + i]) for i in range(4)]
     crowd = step_batch([*others[:2], ([7], 3, [9]), *others[2:]], BLOCK)
     np.testing.assert_array_equal(executor.forward(crowd)[2], want)
+
+
+def test_the_server_builds_an_engine_that_answers_as_the_reference(tiny_models: TinyModels, device: str) -> None:
+    """What `--quantization int8` becomes: the engine of the server, from a file of 4-bit weights."""
+    path = tiny_models.gguf("llama-smallest", "Q4_1")
+    load = load_frame(
+        path, backend="triton", quantization="int8", compute_dtype="fp32", block_size=BLOCK, max_num_seqs=2
+    )
+    built = build_engine(load, lambda _: None)
+    prompt = [5, 6, 7]
+    built.engine.add(SequenceRequest(1, prompt, SamplingParams(max_tokens=3, temperature=0.0)))
+    tokens: list[int] = []
+    while built.engine.has_work():
+        tokens += [token.token_id for output in built.engine.step() for token in output.tokens]
+    reference, want = RoundingReference(load_model(path), "int8"), prompt
+    for _ in range(3):
+        logits = reference.forward(step_batch([(want, 0, [0])], BLOCK, last_only=True))
+        want = [*want, int(logits[0].argmax())]
+    assert tokens == want[3:]

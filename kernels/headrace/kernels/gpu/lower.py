@@ -113,8 +113,6 @@ def fuse_gates(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuP
         fits = (act.gate, act.up) == (gate.out, up.out) and gate.out != up.out and gate.x == up.x
         if not fits or gate.bias or up.bias or forms[gate.matrix] != forms[up.matrix]:
             return None
-        if forms[gate.matrix].kind == "fp8_block":  # rows that alternate would share the scales of a block
-            return None
         if names.overlap(act.out, gate.x) or not all(names.is_dead(name, i + 3) for name in (act.gate, act.up)):
             return None
         spec = PackSpec(f"{gate.matrix}+{up.matrix}", (gate.matrix, up.matrix), is_gated=True)

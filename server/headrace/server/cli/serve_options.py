@@ -83,6 +83,16 @@ Attention = Annotated[
         help="Attention kernels on a GPU: our own, or flash-attn where it is installed.",
     ),
 ]
+Quantization = Annotated[
+    Literal["none", "int8", "fp8", "fp8-block"],
+    typer.Option(
+        "--quantization",
+        envvar="HEADRACE_QUANTIZATION",
+        rich_help_panel=_ENGINE,
+        help="On a GPU: weights of the layers, and what they multiply, in 8 bits. int8 and fp8 scale each row, "
+        "fp8-block 128 by 128; fp8 needs an Ada, Hopper or newer. none: weights as the file stores them.",
+    ),
+]
 GpuMemoryFraction = Annotated[
     float,
     typer.Option(
