@@ -57,17 +57,19 @@ def test_a_swap_brings_blocks_back_elsewhere(room: int, device: str) -> None:
     before = bits(caches)
     every = CacheSet.of(caches)
     is_cuda = device == "cuda" and torch.backends.cuda.is_built()  # a CPU that plays one has no pinned memory
-    host = torch.zeros((3, 6, every.block_words * 4), dtype=torch.uint8, pin_memory=is_cuda)
+    host = torch.zeros((7, 6, every.block_words * 4), dtype=torch.uint8, pin_memory=is_cuda)
+    places = [2, 3, 6]  # of which two are one copy
     staging = torch.zeros((room, 6, every.block_words * 4), dtype=torch.uint8, device=device)
-    swap_out(every, numbers([6, 1, 4], device), staging, host)
+    swap_out(every, numbers([6, 1, 4], device), staging, host, places)
     if is_cuda:
         torch.cuda.synchronize()
     for cache in caches:
         cache.view(torch.uint8).fill_(0x7F)  # the blocks now belong to others
-    swap_in(every, numbers([0, 8, 5], device), staging, host)
+    swap_in(every, numbers([0, 8, 5], device), staging, host, places)
     after = bits(caches)
     assert torch.equal(after[:, [0, 8, 5]], before[:, [6, 1, 4]])
     assert (after[:, [1, 2, 3, 4, 6, 7]] == 0x7F).all()
+    assert not host[[0, 1, 4, 5]].any()
 
 
 def test_bytes_of_a_block(device: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from headrace.kernels.program import KvLayout
@@ -38,6 +40,7 @@ class KvScales:
 
 
 _LARGEST = {"fp8": 448.0, "int8": 127.0}
+_ALIGN = 256  # bytes, as torch's own allocations begin
 _MARGIN = 1.25  # over the largest of the text that was looked at; what is larger still saturates
 
 
@@ -59,14 +62,18 @@ def allocate(
     device: torch.device,
     scales: list[KvScales] | None = None,
 ) -> list[LayerCache]:
-    """Zeroed: a block that was never written holds no NaN, and neither does the null block. scales: of each layer,
-    for dtypes of 8 bits."""
+    """Views of one allocation, so that one launch reaches all layers (`kv_blocks`). Zeroed: a block that was never
+    written holds no NaN, and neither does the null block. scales: of each layer, for dtypes of 8 bits."""
+    shapes = [(num_blocks + 1, layout.num_kv_heads, block_size, layout.head_dim) for layout in layouts]
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes for _ in "kv"]
+    *starts, end = accumulate((-(-size // _ALIGN) * _ALIGN for size in sizes), initial=0)
+    memory = torch.zeros(end, dtype=torch.uint8, device=device)
     caches = []
-    for index, layout in enumerate(layouts):
-        shape = (num_blocks + 1, layout.num_kv_heads, block_size, layout.head_dim)
-        k, v = (torch.zeros(shape, dtype=torch.uint8 if dtype.itemsize == 1 else dtype, device=device) for _ in "kv")
-        if dtype.itemsize == 1:
-            k, v = k.view(dtype), v.view(dtype)
+    for index, shape in enumerate(shapes):
+        k, v = (
+            memory[starts[part] : starts[part] + sizes[part]].view(dtype).view(shape)
+            for part in (2 * index, 2 * index + 1)
+        )
         k_scale = None if scales is None else scales[index].k
         v_scale = None if scales is None else scales[index].v
         caches.append(LayerCache(k, v, k_scale, v_scale))

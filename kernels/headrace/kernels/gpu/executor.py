@@ -1,7 +1,8 @@
 """The triton back end: runs a step program with Triton kernels on a GPU, or in Triton's interpreter on a CPU.
 
 Made by the engine process (`headrace.server.gpu_build`), in this order: the constructor lowers the program and streams
-the weights; `num_kv_blocks` says what is left; `allocate_kv`; `warm_up` compiles and captures. Then `execute`, or
+the weights; `num_kv_blocks` says what is left; `allocate_kv` and, for preempted sequences, `allocate_host`; `warm_up`
+compiles and captures. Then `execute`, or
 `submit` and `collect`: one copy to the device, the step's kernels, one copy back, and no wait in between, so that the
 engine can schedule the next step while this one runs.
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,7 @@ from headrace.kernels.gpu.sampling import Sampler
 from headrace.kernels.gpu.shape import StepLimits, StepShape, decode_shape, ladder, shape_of
 from headrace.kernels.gpu.staging import Staging
 from headrace.kernels.gpu.step import StepRunner
+from headrace.kernels.gpu.swap import HostBlocks, min_swap_tokens, num_host_blocks, seconds
 from headrace.kernels.gpu.weights import DeviceWeights, upload
 from headrace.kernels.program import StepProgram
 from headrace.kernels.quant import Weight
@@ -60,7 +62,7 @@ class _InFlight:
 
 
 class GpuExecutor:
-    """Implements `headrace.kernels.batch.PipelinedExecutor`.
+    """Implements PipelinedExecutor and SwappingExecutor of `headrace.kernels.batch`.
 
     weights: one per `program.weights`, each looked up when it is its turn. forms: of the matrices, where they are known
     without loading them. on_progress: share of the weights on the device, 0..1. Raises ValueError for a model that the
@@ -99,6 +101,8 @@ class GpuExecutor:
         )
         self._num_blocks = 0
         self._graphs = DecodeGraphs()
+        self._host: HostBlocks | None = None
+        self.min_swap_tokens = 1  # from how many tokens on swapping is worth it; measured in `warm_up`
         self._in_flight: deque[_InFlight] = deque()
 
     # --- before the first step
@@ -146,6 +150,19 @@ class GpuExecutor:
         scales = self._calibrate() if dtype.itemsize == 1 else None
         self._runner.caches = cache.allocate(layouts, num_blocks, size, dtype, self._device, scales)
 
+    def allocate_host(self, num_bytes: int) -> int:
+        """Make blocks of host memory for the KV of preempted sequences; how many there are. Call after `allocate_kv`.
+
+        0, with a warning, where they cannot be had: such sequences are then computed again.
+        """
+        count = num_host_blocks(num_bytes, self.kv_block_bytes)
+        try:
+            self._host = HostBlocks(self._runner.caches, count) if count else None
+        except (ValueError, RuntimeError) as error:
+            log.warning("no swap space, preempted sequences are computed again: %s", error)
+            self._host = None
+        return 0 if self._host is None else self._host.num_blocks
+
     def warm_up(self, on_progress: Callable[[float], None] = lambda share: None) -> None:
         """Compile the kernels of prefill and sampling, which a request would else wait for, and capture the decode
         steps, largest first, so that they share memory. Without a GPU there is nothing to do: the interpreter compiles
@@ -159,6 +176,8 @@ class GpuExecutor:
             self.execute(batch)
         if self._options.has_graphs:
             self.capture_decode(lambda share: on_progress(0.5 + 0.5 * share))
+        if self._host is not None:
+            self.min_swap_tokens = self._measure_swapping(self._host)
         torch.cuda.synchronize(self._device)
         on_progress(1.0)
 
@@ -170,6 +189,15 @@ class GpuExecutor:
             self._fill(warm.decode_batch(self._num_blocks, self._limits.block_size), size)
             self._graphs.capture(size, partial(self._runner.run, self._captured_shape(size)))
 
+    def _measure_swapping(self, host: HostBlocks) -> int:
+        prefill = warm.prefill_batch(self._limits, self._num_blocks)
+        decode = warm.decode_batch(self._num_blocks, self._limits.block_size)
+        per_token = seconds(partial(self._run, prefill), self._device) / len(prefill.token_ids)
+        costs = host.costs(per_token, seconds(partial(self._run, decode), self._device))
+        tokens = min_swap_tokens(costs, self._limits.block_size)
+        log.info("preempted sequences of %d tokens or more are swapped to the host: %s", tokens, costs)
+        return tokens
+
     def _captured_shape(self, size: int) -> StepShape:
         return decode_shape(size, self._limits.max_model_len, self._fits)
 
@@ -179,6 +207,8 @@ class GpuExecutor:
         sizes = (("weights", self._weights.num_bytes), ("activations", self._runner.num_bytes), ("KV", blocks))
         used = ", ".join(f"{what} {size / memory.GIB:.2f} GiB" for what, size in sizes)
         choice = self._launching.attention
+        if self._host is not None:
+            used += f", swap space {self._host.num_bytes / memory.GIB:.2f} GiB of the host's"
         return f"{used}; attention by {choice.name} ({choice.why}); {len(self._graphs)} decode graphs"
 
     # --- steps
@@ -215,6 +245,18 @@ class GpuExecutor:
             with _lost_device():
                 step.done.synchronize()
         return self._sampler.decode(step.slot, step.sampling)
+
+    def swap_out(self, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """Copy KV blocks to host blocks, behind the steps submitted so far and ahead of later ones."""
+        assert self._host is not None, "there are no host blocks"
+        with _lost_device():
+            self._host.swap_out(blocks, host_blocks)
+
+    def swap_in(self, blocks: Sequence[int], host_blocks: Sequence[int]) -> None:
+        """The inverse of `swap_out`."""
+        assert self._host is not None, "there are no host blocks"
+        with _lost_device():
+            self._host.swap_in(blocks, host_blocks)
 
     def forward(self, batch: StepBatch) -> F32:
         """Run the step program alone: the logits, float32 [S, vocab_size], and the batch's keys and values written."""

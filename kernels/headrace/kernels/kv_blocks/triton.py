@@ -6,7 +6,7 @@ transfer over the bus is one copy by the copy engine, which takes no multiproces
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,8 +83,10 @@ def scatter_blocks(caches: CacheSet, blocks: torch.Tensor, staging: torch.Tensor
         )
 
 
-def swap_out(caches: CacheSet, blocks: torch.Tensor, staging: torch.Tensor, host: torch.Tensor) -> None:
-    """Copy blocks, int32 [N] on the device, to host, uint8 [N, C, bytes of a block] in pinned memory.
+def swap_out(
+    caches: CacheSet, blocks: torch.Tensor, staging: torch.Tensor, host: torch.Tensor, host_blocks: Sequence[int]
+) -> None:
+    """Copy blocks, int32 [N] on the device, to rows host_blocks of host, uint8 [H, C, bytes of a block], pinned.
 
     staging: as host, on the device, of at least one block; it is filled and sent as often as it takes. Returns at once:
     the host may be read, and staging and the blocks written, by what follows on the same stream.
@@ -93,16 +95,29 @@ def swap_out(caches: CacheSet, blocks: torch.Tensor, staging: torch.Tensor, host
         part = blocks[start : start + staging.shape[0]]
         filled = staging[: part.shape[0]]
         gather_blocks(caches, part, filled)
-        host[start : start + part.shape[0]].copy_(filled, non_blocking=True)
+        for row, count, place in _runs(host_blocks[start : start + part.shape[0]]):
+            host[place : place + count].copy_(filled[row : row + count], non_blocking=True)
 
 
-def swap_in(caches: CacheSet, blocks: torch.Tensor, staging: torch.Tensor, host: torch.Tensor) -> None:
+def swap_in(
+    caches: CacheSet, blocks: torch.Tensor, staging: torch.Tensor, host: torch.Tensor, host_blocks: Sequence[int]
+) -> None:
     """The inverse of `swap_out`; host is not to be written before the stream has got so far."""
     for start in range(0, blocks.shape[0], staging.shape[0]):
         part = blocks[start : start + staging.shape[0]]
         filled = staging[: part.shape[0]]
-        filled.copy_(host[start : start + part.shape[0]], non_blocking=True)
+        for row, count, place in _runs(host_blocks[start : start + part.shape[0]]):
+            filled[row : row + count].copy_(host[place : place + count], non_blocking=True)
         scatter_blocks(caches, part, filled)
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(index, length, first number) of stretches of consecutive numbers: each is one copy over the bus."""
+    begin = 0
+    for index in range(1, len(numbers) + 1):
+        if index == len(numbers) or numbers[index] != numbers[index - 1] + 1:
+            yield begin, index - begin, numbers[begin]
+            begin = index
 
 
 def _grid(num_blocks: int, caches: CacheSet) -> tuple[int, int, int]:
