@@ -66,6 +66,7 @@ GENERATE: dict[str, Row] = {
     "sampling.n": Row([0, 1, 16], [17, U32]),
     "sampling.include_stop": Row([False, True], []),
     "request_label": Row(["", "a b~", "x" * 128], ["x" * 129, "tab\t", "new\nline", "é", "\x7f", "\x00"]),
+    "priority": Row([0, 1, 2, 3], [4, -1, 2**31 - 1]),
     "cache_salt": Row(["", "x" * 128, "é" * 64, "\x00\n"], ["x" * 129, "é" * 65]),
 }
 # Fields of the other requests; paths that begin with "request" hold a GenerateRequest and are covered by GENERATE.

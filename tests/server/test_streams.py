@@ -70,9 +70,10 @@ async def test_the_clients_deadline_stops_the_work(tiny_llama_gguf: Path) -> Non
 async def test_work_that_has_expired_is_never_scheduled(tiny_llama_gguf: Path) -> None:
     async with bench(tiny_llama_gguf, scripted_engine.command(step_seconds=0.1), max_num_seqs=1) as server:
         first = server.stub.Generate(tokens_request([200], max_tokens=8))
-        await first.read()
-        for _ in range(3):  # behind the first one until their time is up
-            failed = await failure(drained(server.stub.Generate(tokens_request(max_tokens=8), timeout=0.05)))
+        await first.initial_metadata()
+        # Behind the first one until their time is up; admitted, as nobody knows yet how long a step takes.
+        calls = [server.stub.Generate(tokens_request(max_tokens=8), timeout=0.05) for _ in range(3)]
+        for failed in await asyncio.gather(*(failure(drained(call)) for call in calls)):
             assert failed.code == grpc.StatusCode.DEADLINE_EXCEEDED
         while await first.read() is not grpc.aio.EOF:
             pass

@@ -59,6 +59,36 @@ ROLE_TOOL: Role.ValueType  # 4
 """The result of a tool."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """STANDARD."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody is waiting for every word: before the tenant's other work."""
+    PRIORITY_STANDARD: _Priority.ValueType  # 2
+    """The default."""
+    PRIORITY_BATCH: _Priority.ValueType  # 3
+    """Whenever there is time: behind all other work, and the first to be refused under load."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Priority is the class of a request when the server has more work than it can do at once. It orders the requests of
+    one tenant; across tenants only batch work gives way. Nobody starves: every eighth place goes to who has waited longest.
+    """
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""STANDARD."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody is waiting for every word: before the tenant's other work."""
+PRIORITY_STANDARD: Priority.ValueType  # 2
+"""The default."""
+PRIORITY_BATCH: Priority.ValueType  # 3
+"""Whenever there is time: behind all other work, and the first to be refused under load."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -368,6 +398,7 @@ class GenerateRequest(_message.Message):
     REQUEST_LABEL_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     CONTINUATION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model as ListModels gives it. Default (empty): the server's only model; with several, required."""
@@ -377,6 +408,8 @@ class GenerateRequest(_message.Message):
     """
     cache_salt: _builtins.str
     """Keeps this request's prefix-cache entries apart from those of other salts. At most 128 bytes. Default empty."""
+    priority: Global___Priority.ValueType
+    """Its class when there is more work than the server can do at once. Default: PRIORITY_STANDARD."""
     resumable: _builtins.bool
     """Keep the generation when its call ends early, for Resume: it goes on for the server's --resume-grace without a
     reader, and its messages are kept for --resume-retention after its end. Ending the call does not cancel it then:
@@ -406,11 +439,12 @@ class GenerateRequest(_message.Message):
         request_label: _builtins.str = ...,
         cache_salt: _builtins.str = ...,
         continuation: Global___Continuation | None = ...,
+        priority: Global___Priority.ValueType = ...,
         resumable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "continuation", b"continuation", "model", b"model", "prompt", b"prompt", "request_label", b"request_label", "resumable", b"resumable", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "continuation", b"continuation", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_label", b"request_label", "resumable", b"resumable", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

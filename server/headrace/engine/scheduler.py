@@ -115,6 +115,7 @@ class Scheduler:
             return
         self._take_out(seq)
         seq.status = Status.PARKED
+        seq.was_parked = True
         self.parked[seq.id] = seq
         self.blocks.withdraw(seq)
         if seq.block_table:
@@ -341,7 +342,8 @@ class Scheduler:
         self.idle_holders.pop(seq.id, None)
         del self.live[seq.id]
         seq.status = Status.FINISHED
-        if seq.first_scheduled_at is not None and not seq.is_score and reason not in ("error", "expired"):
+        is_typical = not seq.is_score and not seq.was_parked and reason not in ("error", "expired")
+        if seq.first_scheduled_at is not None and is_typical:
             self.estimates.add_end(now - seq.first_scheduled_at, len(seq.outputs), seq.max_tokens)
         return SequenceOutput(seq.id, tokens, seq.finish_output(reason, now, error=error, stop=stop))
 

@@ -67,6 +67,7 @@ class Sequence:
         "tenant",
         "timeline",
         "tokens",
+        "was_parked",
     )
 
     def __init__(self, request: SequenceRequest, order: int, now: float) -> None:
@@ -88,6 +89,7 @@ class Sequence:
         self.lease = request.lease
         self.credit = request.credit if request.credit >= 0 else INT32_MAX  # outputs that it may have so far
         self.is_held = False  # the front end does not want it to run
+        self.was_parked = False
         self.status = Status.WAITING
 
         self.num_computed = 0  # leading tokens whose KV is in the blocks

@@ -71,7 +71,7 @@ class SequenceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline: float | None = None
     score: bool = False
     arrival: float = 0.0
-    priority: Literal[0, 1, 2] = STANDARD
+    priority: int = STANDARD
     tenant: str = ""  # whose share of the engine it uses
     is_traced: bool = False  # its FinishOutput tells its timeline
     credit: int = -1  # output tokens until `Engine.grant`; -1: no limit

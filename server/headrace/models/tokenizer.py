@@ -4,6 +4,7 @@ The front end encodes prompts with it and hands it to `detokenizer.Detokenizer` 
 changes and may be used from several threads at once; encoding releases the GIL.
 """
 
+import hashlib
 import os
 import re
 import secrets
@@ -35,6 +36,16 @@ class Tokenizer:
         self._specials = {parts.texts[index]: index for index in longest_first}
         self._first_chars = frozenset(text[0] for text in self._specials)
         self._mark = "".join(secrets.choice(_NONCHARACTERS) for _ in range(16))  # 80 bits
+
+    def digest(self) -> str:
+        """SHA-256 of all that decides what texts and ids become: vocabulary, merges, special tokens, alphabet."""
+        parts = self._parts
+        digest = hashlib.sha256(parts.plain.to_str().encode())
+        for piece in parts.pieces:
+            digest.update(len(piece).to_bytes(4, "little") + piece)
+        flags = (sorted(parts.special_ids), parts.unknown_id, parts.bos_id, parts.eos_ids, parts.add_bos, parts.add_eos)
+        digest.update(repr((*flags, parts.has_space_prefix)).encode())
+        return digest.hexdigest()
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":

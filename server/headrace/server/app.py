@@ -13,18 +13,21 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 
 import grpc
-from headrace.server import descriptors, loop, telemetry
-from headrace.server.admission import Admission
+from headrace.engine.types import EngineStats
+from headrace.server import descriptors, loop, metrics, telemetry
+from headrace.server.admission import Admission, AdmissionLimits
 from headrace.server.config import ServerConfig
 from headrace.server.health import Health
 from headrace.server.inference import InferenceService
+from headrace.server.metrics import Source
 from headrace.server.model_host import ModelHost
 from headrace.server.models_service import ModelService
 from headrace.server.reflection import Reflection
+from headrace.server.resume import Registry, ResumeLimits
 from headrace.server.rpc import Policy, service_handler
 from headrace.server.session import SessionService
 from headrace.server.spawn import ENGINE_COMMAND, SpawnedEngine
@@ -107,10 +110,22 @@ async def start_server(
         event.set()
 
     host = ModelHost(config, on_change, engine_command, first_engine)
-    admission = Admission(config.max_live_sequences, config.max_live_tokens)
+    admission = Admission(_admission_limits(config))
     server = grpc.aio.server(options=_options(config))
-    health = _register(server, config, host, admission)
+    limits = ResumeLimits(
+        config.resume_grace, config.resume_retention, config.resume_bytes, config.stream_buffer_tokens
+    )
+    resumables = Registry(limits)
+    admission.on_drain.add(resumables.abandon_unread)
+    health = _register(server, config, host, admission, resumables)
     hooks.append(lambda: health.set_serving(host.state == "ready"))
+
+    def on_stats(stats: EngineStats) -> None:
+        capacity = host.capacity
+        if capacity is not None:
+            admission.observe(stats, capacity)
+
+    host.supervisor.on_stats = on_stats
     try:
         port = server.add_insecure_port(
             f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
@@ -118,11 +133,14 @@ async def start_server(
     except RuntimeError:
         raise OSError(f"cannot listen on port {config.port}") from None
     await server.start()
+    unwatch = metrics.watch(Source(config.name, host.engine_stats, lambda: host.supervisor.num_restarts))
     model = asyncio.ensure_future(host.run())
     try:
         yield RunningServer(port, config, host, admission, health, events, server)
     finally:
+        unwatch()
         await server.stop(0)
+        await resumables.close()
         model.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await model
@@ -147,7 +165,7 @@ async def serve_forever(
     first_engine: SpawnedEngine | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT, or until the model has failed. Returns the process's exit status."""
-    telemetry.configure(version("headrace"))
+    stop_telemetry = telemetry.configure(version("headrace"), config.host, config.metrics_port)
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -166,6 +184,7 @@ async def serve_forever(
         failed.cancel()
         log.info("draining" if status == 0 else "stopping: the model cannot be served")
         await running.drain(hurry)
+    await asyncio.to_thread(stop_telemetry)  # last of all: what the drain did is told too
     return status
 
 
@@ -179,7 +198,9 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
         await asyncio.wait_for(event.wait(), seconds)
 
 
-def _register(server: grpc.aio.Server, config: ServerConfig, host: ModelHost, admission: Admission) -> Health:
+def _register(
+    server: grpc.aio.Server, config: ServerConfig, host: ModelHost, admission: Admission, resumables: Registry
+) -> Health:
     """All services of the server, on one wrapper."""
     pool = descriptors.build_pool()
     services = [descriptors.INFERENCE, descriptors.MODELS, descriptors.HEALTH]
@@ -187,12 +208,12 @@ def _register(server: grpc.aio.Server, config: ServerConfig, host: ModelHost, ad
         services.append(descriptors.CHANNELZ)
     if config.enable_reflection:
         services += [descriptors.REFLECTION, descriptors.REFLECTION_ALPHA]
-    policy = Policy(config.default_deadline, config.max_deadline)
+    policy = Policy(config.default_deadline, config.max_deadline, tenant_header=config.tenant_header)
     probe = Policy(_NO_LIMIT, _NO_LIMIT, is_logged=False)
 
     starter = Starter(host)
     session = SessionService(host, admission, starter, config)
-    inference = InferenceService(host, admission, starter, session)
+    inference = InferenceService(host, admission, starter, session, resumables)
     health = Health(("", *services, config.name), pool)
     inference_descriptor = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
     models_descriptor = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
@@ -213,6 +234,10 @@ def _register(server: grpc.aio.Server, config: ServerConfig, host: ModelHost, ad
     return health
 
 
+def _admission_limits(config: ServerConfig) -> AdmissionLimits:
+    return AdmissionLimits(**{field.name: getattr(config, field.name) for field in fields(AdmissionLimits)})
+
+
 def _options(config: ServerConfig) -> list[tuple[str, int]]:
     """gRPC's settings. Concurrency is limited by our own admission: both of gRPC's limits would hit health checks too,
     or refuse with a code that clients do not retry."""
@@ -227,8 +252,8 @@ def _options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # Envoy's own keepalive must not be punished
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_connection_idle_ms", 300_000),
-        ("grpc.max_connection_age_ms", 1_800_000),  # lets load balancers spread connections anew
-        ("grpc.max_connection_age_grace_ms", round(config.max_deadline * 1000)),  # running calls may finish
+        ("grpc.max_connection_age_ms", round(config.max_connection_age * 1000)),
+        ("grpc.max_connection_age_grace_ms", round((config.max_connection_age_grace or config.max_deadline) * 1000)),
         ("grpc.server_handshake_timeout_ms", 5_000),
         ("grpc.so_reuseport", 0),
         ("grpc.enable_channelz", int(config.enable_channelz)),

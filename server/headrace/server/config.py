@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+METADATA_KEY = re.compile(r"(?!.*-bin$)[0-9a-z_.-]{1,128}")
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 
 
@@ -61,27 +62,42 @@ class ServerConfig:
     # Admission: what may be in the server at once. A request with n > 1 counts n times.
     max_live_sequences: int = 256
     max_live_tokens: int = 1 << 20  # prompt + max_tokens, summed
+    kv_overcommit: float = 16.0  # the same sum, at most so many times what the KV cache holds; 0: no such limit
+    batch_share: float = 0.75  # of the sequences that may be here, how far batch requests may fill it
+    slo_ttft: float = 0.0  # refuse what would wait longer for its first token, by forecast; 0: never
+    slo_tpot: float = 0.0  # admit fewer while streams wait longer than that for each token; 0: never
+    degrade_max_tokens: int = 0  # max_tokens is cut to it while the server is three quarters full; 0: never
+    tenant_header: str = ""  # metadata key that names the tenant, as a trusted proxy sets it; "": one tenant
     max_generations_per_session: int = 64
     max_conversations_per_session: int = 64
+    conversation_lease: float = 300.0  # how long the KV of a conversation stays cached after a turn; 0: no longer than any
 
     # Time.
     default_deadline: float = 600.0  # for calls without one
     max_deadline: float = 3600.0  # longer ones are cut to it
     stall_timeout: float = 10.0  # a reader that is this long behind is cut off
+    session_idle_timeout: float = 600.0  # a session in which nothing runs or is asked for is ended; 0: never
+    resume_grace: float = 30.0  # a resumable generation goes on for so long without a reader
+    resume_retention: float = 60.0  # its messages are kept for so long after its end
     lame_duck: float = 2.0  # from "health says NOT_SERVING" to "no new calls"
     drain_deadline: float = 30.0  # then for what runs
+    progress_timeout: float = 5.0  # engine silent for this long: NOT_SERVING until it says something
     hang_timeout: float = 30.0  # engine silent for this long: killed
+    max_connection_age: float = 1800.0  # then the client is asked to connect anew, which spreads connections
+    max_connection_age_grace: float = 0.0  # for calls on such a connection; 0: as long as a call may last
     max_backoff: float = 10.0  # between engine restarts
     max_restarts_per_minute: int = 5  # more: the model is FAILED and stays so
 
     # Buffers.
     stream_buffer_tokens: int = 256
+    resume_bytes: int = 64 << 20  # of kept messages, all generations together
     max_receive_bytes: int = 4 << 20
 
     # Operator's choices.
     enable_reflection: bool = True
     enable_channelz: bool = False
     log_format: Literal["text", "json"] = "text"
+    metrics_port: int = 0  # where Prometheus may scrape, on `host`; 0: nowhere
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -100,6 +116,7 @@ class ServerConfig:
 # Name, least, most (both included).
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("port", 0, 65535),
+    ("metrics_port", 0, 65535),
     ("block_size", 0, 256),
     ("num_blocks", 0, 1 << 24),
     ("kv_cache_tokens", 0, 1 << 31),
@@ -111,14 +128,27 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("num_threads", 0, 1024),
     ("max_live_sequences", 1, 65536),
     ("max_live_tokens", 1, 1 << 40),
+    ("kv_overcommit", 0, 1000),
+    ("batch_share", 0, 1),
+    ("slo_ttft", 0, 3600),
+    ("slo_tpot", 0, 3600),
+    ("degrade_max_tokens", 0, 1 << 20),
     ("max_generations_per_session", 1, 4096),
     ("max_conversations_per_session", 1, 4096),
+    ("conversation_lease", 0, 86400),
+    ("session_idle_timeout", 0, 86400),
     ("default_deadline", 0.001, 86400 * 7),
     ("max_deadline", 0.001, 86400 * 7),
     ("stall_timeout", 0.01, 3600),
+    ("resume_grace", 0, 3600),
+    ("resume_retention", 0, 3600),
+    ("resume_bytes", 0, 1 << 40),
     ("lame_duck", 0, 600),
     ("drain_deadline", 0, 86400),
+    ("progress_timeout", 0.1, 3600),
     ("hang_timeout", 0.1, 3600),
+    ("max_connection_age", 1, 86400 * 365),
+    ("max_connection_age_grace", 0, 86400 * 7),
     ("max_backoff", 0.1, 3600),
     ("max_restarts_per_minute", 0, 1000),
     ("stream_buffer_tokens", 2, 1 << 20),
@@ -152,6 +182,8 @@ def _problems(config: ServerConfig) -> list[str]:
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             problems.append(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}")
+    if config.tenant_header and not METADATA_KEY.fullmatch(config.tenant_header):
+        problems.append("tenant_header must be a metadata key: lower-case letters, digits or -_. and not end in -bin")
     if config.activation_bits not in (8, 16):
         problems.append("activation_bits must be 8 or 16")
     if config.default_deadline > config.max_deadline:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from headrace.engine import types
 from headrace.models.load import ModelInfo
+from headrace.server.admission import Claim
 from headrace.server.errors import ServerError
 from headrace.server.generation import Chunk, Ending
+from headrace.server.origin import Origin, Receipt
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import models_pb2
 
@@ -17,6 +19,7 @@ _FINISH_REASONS = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
     "cancelled": pb.FINISH_REASON_CANCELLED,
+    "interrupted": pb.FINISH_REASON_INTERRUPTED,
 }
 MODEL_STATES = {
     "loading": models_pb2.MODEL_STATE_LOADING,
@@ -25,6 +28,12 @@ MODEL_STATES = {
     "draining": models_pb2.MODEL_STATE_DRAINING,
 }
 _SEED_BITS = 64
+_PRIORITIES: dict[int, int] = {
+    pb.PRIORITY_UNSPECIFIED: types.STANDARD,
+    pb.PRIORITY_INTERACTIVE: types.INTERACTIVE,
+    pb.PRIORITY_STANDARD: types.STANDARD,
+    pb.PRIORITY_BATCH: types.BATCH,
+}
 
 
 @dataclass(frozen=True)
@@ -35,15 +44,16 @@ class Common:
     salt: str
     deadline: float  # CLOCK_MONOTONIC seconds
     arrival: float
+    claim: Claim
+    conversation: int = 0  # as in types.SequenceRequest, as are the two below
+    lease: float = 0.0
+    credit: int = -1
 
 
 def sampling(
     params: pb.SamplingParams, *, max_tokens: int, seed: int, end_tokens: Sequence[int]
 ) -> types.SamplingParams:
     """The engine's parameters. max_tokens: the number in force; end_tokens: the model's."""
-    stop_tokens = dict.fromkeys(params.stop_token_ids)
-    if not params.ignore_eos:
-        stop_tokens.update(dict.fromkeys(end_tokens))
     return types.SamplingParams(
         max_tokens=max_tokens,
         seed=seed,
@@ -56,9 +66,22 @@ def sampling(
         frequency_penalty=params.frequency_penalty,
         logit_bias=dict(params.logit_bias),
         min_tokens=params.min_tokens,
-        stop_token_ids=tuple(stop_tokens),
+        stop_token_ids=stop_tokens(params, end_tokens),
         num_logprobs=params.logprobs if params.HasField("logprobs") else -1,
     )
+
+
+def claim(priority: int, tenant: str, deadline: float) -> Claim:
+    """Who asks, and how urgently. priority: pb.Priority."""
+    return Claim(tenant, _PRIORITIES[priority], deadline)
+
+
+def stop_tokens(params: pb.SamplingParams | pb.StopConditions, end_tokens: Sequence[int]) -> tuple[int, ...]:
+    """The tokens that end a generation, the model's own unless they are to be ignored."""
+    token_ids = dict.fromkeys(params.stop_token_ids)
+    if not params.ignore_eos:
+        token_ids.update(dict.fromkeys(end_tokens))
+    return tuple(token_ids)
 
 
 def seeds(params: pb.SamplingParams) -> list[int]:
@@ -68,8 +91,8 @@ def seeds(params: pb.SamplingParams) -> list[int]:
     return [seed, *(_derived_seed(seed, index) for index in range(1, params.n or 1))]
 
 
-def sequence(common: Common, params: types.SamplingParams, sequence_id: int) -> types.SequenceRequest:
-    """A sequence that generates."""
+def sequence(common: Common, params: types.SamplingParams, held: list[int], sequence_id: int) -> types.SequenceRequest:
+    """A sequence that generates. held: output tokens that there are already."""
     return types.SequenceRequest(
         id=sequence_id,
         prompt=common.prompt,
@@ -77,6 +100,12 @@ def sequence(common: Common, params: types.SamplingParams, sequence_id: int) -> 
         salt=common.salt,
         deadline=common.deadline,
         arrival=common.arrival,
+        priority=common.claim.priority,
+        tenant=common.claim.tenant,
+        held=held,
+        conversation=common.conversation,
+        lease=common.lease,
+        credit=common.credit,
     )
 
 
@@ -89,6 +118,8 @@ def score_sequence(common: Common, num_logprobs: int, sequence_id: int) -> types
         salt=common.salt,
         deadline=common.deadline,
         arrival=common.arrival,
+        priority=common.claim.priority,
+        tenant=common.claim.tenant,
         score=True,
     )
 
@@ -102,6 +133,35 @@ def chunk(index: int, news: Chunk) -> pb.GenerationChunk:
         text=news.text,
         logprobs=logprobs(news.tokens),
         finish=finish(news.ending) if news.ending is not None else None,
+        generation_id=news.generation_id,
+        origin=origin(news.origin) if news.origin is not None else None,
+    )
+
+
+def origin(made_from: Origin) -> pb.Origin:
+    """From what a generation is made."""
+    return pb.Origin(
+        prompt_hash=made_from.prompt_hash,
+        model_digest=made_from.model_digest,
+        tokenizer_digest=made_from.tokenizer_digest,
+        arithmetic=made_from.arithmetic,
+        seed=made_from.seed,
+        max_tokens=made_from.max_tokens,
+    )
+
+
+def receipt(proof: Receipt) -> pb.Receipt:
+    """How a generation can be made again."""
+    params = pb.SamplingParams()
+    params.CopyFrom(proof.origin.sampling)
+    params.seed, params.max_tokens, params.n = proof.origin.seed, proof.origin.max_tokens, 1
+    return pb.Receipt(
+        origin=origin(proof.origin),
+        sampling=params,
+        token_hash=proof.token_hash,
+        generated_tokens=proof.num_tokens,
+        model=proof.origin.model,
+        server_version=proof.origin.server_version,
     )
 
 
@@ -135,6 +195,7 @@ def finish(ending: Ending) -> pb.Finish:
             decode_seconds=ending.decode_seconds,
         ),
         seed=ending.seed,
+        receipt=receipt(ending.receipt) if ending.receipt is not None else None,
     )
 
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from headrace.engine.config import EngineConfig
 from headrace.engine.engine import Engine
+from headrace.kernels.native import library
 from headrace.kernels.native.executor import NativeExecutor
 from headrace.kernels.program import StepProgram
 from headrace.models.errors import ModelError
@@ -36,6 +38,7 @@ class Built:
     backend: str
     num_threads: int
     max_model_len: int
+    arithmetic: str = ""
 
 
 def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Built:
@@ -49,7 +52,9 @@ def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Bui
     if choice.name == "triton":
         from headrace.server.gpu_build import build_triton  # imports torch and triton
 
-        return build_triton(load, on_progress)
+        built = build_triton(load, on_progress)
+        precision = f"{load.compute_dtype} kv={load.kv_dtype} quantization={load.quantization}"
+        return replace(built, arithmetic=f"{built.backend} {version('headrace')} {precision}")
     kv_dtype = backends.choose_kv_dtype(choice.name, load.kv_dtype)
     build = _build_native if choice.name == "native" else _build_torch
     return build(load, kv_dtype, on_progress)
@@ -74,7 +79,10 @@ def _build_native(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Ca
         )
     except ValueError as error:
         raise ModelError(f"the native back end cannot run this model ({error}); --backend torch can") from None
-    return Built(Engine(executor, config), executor.name, num_threads, config.max_sequence_len)
+    # The bits do not depend on the instruction set, on threads or on the batch (decisions/0007).
+    sources = library.load().hr_source_hash().decode()
+    arithmetic = f"native {version('headrace')} {sources} kv={kv_dtype} activations={load.activation_bits}"
+    return Built(Engine(executor, config), executor.name, num_threads, config.max_sequence_len, arithmetic)
 
 
 def _build_torch(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Callable[[float], None]) -> Built:
@@ -90,7 +98,8 @@ def _build_torch(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Cal
         block_size=config.block_size,
         num_threads=num_threads,
     )
-    return Built(Engine(executor, config), executor.name, num_threads, config.max_sequence_len)
+    arithmetic = f"torch {version('torch')} threads={num_threads}"
+    return Built(Engine(executor, config), executor.name, num_threads, config.max_sequence_len, arithmetic)
 
 
 def _num_threads(load: frames.Load) -> int:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import msgspec
 from headrace.engine.types import EngineStats, FinishOutput, SequenceOutput, SequenceRequest, TokenOutput
 from headrace.server import errors, frames
 from headrace.server.errors import ServerError
+from headrace.server.spans import Observer
+from opentelemetry.context import Context
 
 log = logging.getLogger("headrace.server")
 
@@ -68,12 +71,15 @@ class TokenStream:
 
     def __init__(self, client: EngineClient, sequence_id: int, mailbox: Mailbox) -> None:
         self.id = sequence_id
+        self.trace_context: Context | None = None  # where spans about it belong; None: it has none
+        self.on_start: Callable[[], None] | None = None  # called once, with its first token or its end
         self._client = client
         self._mailbox = mailbox
         self._tokens: list[TokenOutput] = []
         self._finish: FinishOutput | None = None
         self._failure: ServerError | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
+        self._holds: set[str] = set()  # why the engine is to leave the sequence alone
 
     @property
     def is_parked(self) -> bool:
@@ -90,7 +96,7 @@ class TokenStream:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
-            self._client.send(frames.Unpark(self.id))
+            self._release("behind")
         return taken
 
     def cancel(self) -> None:
@@ -102,6 +108,33 @@ class TokenStream:
         """Change how many tokens it may generate; at or below what it has, it ends."""
         self._client.send(frames.SetMaxTokens(self.id, max_tokens))
 
+    def set_stop_tokens(self, token_ids: Sequence[int]) -> None:
+        """Change the tokens that end it, from the next one on that is chosen."""
+        self._client.send(frames.SetStopTokens(self.id, tuple(token_ids)))
+
+    def grant(self, credit: int) -> None:
+        """Let it have so many tokens in all before it waits for more."""
+        self._client.send(frames.Grant(self.id, credit))
+
+    def pause(self) -> None:
+        """Leave the sequence alone until `resume`, whatever its reader does. Idempotent, as is `resume`."""
+        self.expect_nothing()
+        self._hold("paused")
+
+    def resume(self) -> None:
+        """Go on with a paused sequence."""
+        self._release("paused")
+
+    def expect_nothing(self) -> None:
+        """Its first token is not awaited any more, as far as `on_start` is concerned: it waits by its owner's wish."""
+        if self.on_start is not None:
+            self.on_start()
+            self.on_start = None
+
+    def nudge(self) -> None:
+        """Make the reader take, although no tokens came."""
+        self._mailbox.notify(self)
+
     def close(self) -> None:
         """The reader has gone: stop the sequence and forget it. Idempotent; call it in `finally`."""
         self.cancel()
@@ -112,11 +145,12 @@ class TokenStream:
 
     def push(self, output: SequenceOutput) -> None:
         """A step's news, from the client."""
+        self.expect_nothing()
         self._tokens += output.tokens
         if output.finish is not None:
             self._finish = output.finish
         elif len(self._tokens) >= self._client.buffer_tokens and self._stall_timer is None:
-            self._client.send(frames.Park(self.id))
+            self._hold("behind")
             loop = asyncio.get_running_loop()
             self._stall_timer = loop.call_later(self._client.stall_timeout, self._stalled)
         self._mailbox.notify(self)
@@ -125,6 +159,17 @@ class TokenStream:
         """The sequence is lost."""
         self._failure = error
         self._mailbox.notify(self)
+
+    def _hold(self, why: str) -> None:
+        if not self._holds:
+            self._client.send(frames.Park(self.id))
+        self._holds.add(why)
+
+    def _release(self, why: str) -> None:
+        if why in self._holds:
+            self._holds.discard(why)
+            if not self._holds:
+                self._client.send(frames.Unpark(self.id))
 
     def _stalled(self) -> None:
         error = ServerError(errors.SLOW_READER)
@@ -138,7 +183,13 @@ class EngineClient(asyncio.Protocol):
 
     _ids = itertools.count(1)  # never used twice, across engine lives too
 
-    def __init__(self, buffer_tokens: int, stall_timeout: float, on_progress: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        buffer_tokens: int,
+        stall_timeout: float,
+        on_progress: Callable[[float], None],
+        observer: Observer | None = None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.buffer_tokens = buffer_tokens
         self.stall_timeout = stall_timeout
@@ -147,7 +198,9 @@ class EngineClient(asyncio.Protocol):
         self.ready: asyncio.Future[frames.Ready] = loop.create_future()
         self.closed: asyncio.Future[None] = loop.create_future()
         self.load_failure: str | None = None
+        self.on_stats: Callable[[EngineStats], None] | None = None  # called with every step's
         self._on_progress = on_progress
+        self._observer = observer or Observer("")
         self._transport: asyncio.WriteTransport | None = None
         self._decoder = frames.front_decoder()
         self._streams: dict[int, TokenStream] = {}
@@ -165,7 +218,17 @@ class EngineClient(asyncio.Protocol):
         if self.closed.done():
             stream.fail(ServerError(errors.ENGINE_RESTARTED))
         else:
-            self.send(frames.Submit(make_request(stream.id)))
+            request = make_request(stream.id)
+            stream.trace_context = self._observer.submitted(stream.id, request.arrival)
+            if stream.trace_context is not None:
+                request = msgspec.structs.replace(request, is_traced=True)
+            self.send(frames.Submit(request))
+        return stream
+
+    def answer(self, finish: FinishOutput, mailbox: Mailbox) -> TokenStream:
+        """A stream that has ended so, without the engine."""
+        stream = TokenStream(self, next(self._ids), mailbox)
+        stream.push(SequenceOutput(stream.id, [], finish))
         return stream
 
     def send(self, message: frames.ToEngine) -> None:
@@ -222,7 +285,13 @@ class EngineClient(asyncio.Protocol):
     def _receive(self, message: frames.ToFront) -> None:
         if isinstance(message, frames.Step):
             self.stats = message.stats
+            if self.on_stats is not None:
+                self.on_stats(message.stats)
+            if message.record is not None:
+                self._observer.stepped(message.record)
             for output in message.outputs:
+                if output.finish is not None:
+                    self._observer.finished(output.id, output.finish)
                 stream = self._streams.get(output.id)
                 if stream is not None:
                     stream.push(output)
@@ -234,6 +303,7 @@ class EngineClient(asyncio.Protocol):
             if answer is not None and not answer.done():
                 answer.set_result(message.stats)
         elif isinstance(message, frames.Refused):
+            self._observer.finished(message.id, None)
             stream = self._streams.pop(message.id, None)
             if stream is not None:
                 is_full = message.reason == "queue_full"

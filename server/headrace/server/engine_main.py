@@ -118,9 +118,11 @@ class EngineLoop:
         while True:
             for message in self._link.receive(self._wait_seconds()):
                 self._carry_out(message)
+            before = engine.last_step
             outputs = engine.step()
-            if outputs:
-                self._link.send(frames.Step(outputs, engine.stats()))
+            record = engine.last_step if engine.last_step is not before else None
+            if outputs or record is not None:
+                self._link.send(frames.Step(outputs, engine.stats(), record))
 
     def _wait_seconds(self) -> float | None:
         """How long to wait for commands: not at all with work to do, else until a parked sequence's deadline."""
@@ -146,6 +148,15 @@ class EngineLoop:
                 engine.set_max_tokens(message.id, message.max_tokens)
             except InvalidSequenceError:
                 log.exception("sequence %d cannot have %d tokens", message.id, message.max_tokens)
+        elif isinstance(message, frames.SetStopTokens):
+            try:
+                engine.set_stop_tokens(message.id, message.token_ids)
+            except InvalidSequenceError:
+                log.exception("sequence %d cannot have these stop tokens", message.id)
+        elif isinstance(message, frames.Grant):
+            engine.grant(message.id, message.credit)
+        elif isinstance(message, frames.Unpin):
+            engine.unpin(message.conversation)
         elif isinstance(message, frames.Park):
             engine.park(message.id)
         elif isinstance(message, frames.Unpark):
@@ -172,8 +183,19 @@ def _load(link: Link, build: Build) -> Built | None:
         log.exception("the model could not be loaded")
         link.send(frames.LoadFailed(str(error) or type(error).__name__))
         return None
-    block_size = built.engine.config.block_size
-    link.send(frames.Ready(built.backend, built.num_threads, built.max_model_len, built.engine.stats(), block_size))
+    config = built.engine.config
+    link.send(
+        frames.Ready(
+            built.backend,
+            built.num_threads,
+            built.max_model_len,
+            built.engine.stats(),
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            arithmetic=built.arithmetic,
+        )
+    )
     return built
 
 

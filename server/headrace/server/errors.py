@@ -50,6 +50,9 @@ ENGINE_RESTARTED = ErrorKind(
 )
 DRAINING = ErrorKind("DRAINING", _C.UNAVAILABLE, "The server is shutting down.", is_retryable=True)
 OVERLOADED = ErrorKind("OVERLOADED", _C.RESOURCE_EXHAUSTED, "The server is full.", is_retryable=True)
+DEADLINE_UNMEETABLE = ErrorKind(
+    "DEADLINE_UNMEETABLE", _C.RESOURCE_EXHAUSTED, "The request cannot be done by its deadline here.", is_retryable=True
+)
 REQUEST_TOO_LARGE = ErrorKind(
     "REQUEST_TOO_LARGE", _C.INVALID_ARGUMENT, "The request alone needs more than this server ever holds at once."
 )
@@ -83,6 +86,12 @@ MODEL_DIFFERS = ErrorKind(
 )
 ARITHMETIC_DIFFERS = ErrorKind(
     "ARITHMETIC_DIFFERS", _C.FAILED_PRECONDITION, "This server computes otherwise than where the generation began."
+)
+CREDIT_UNLIMITED = ErrorKind(
+    "CREDIT_UNLIMITED", _C.FAILED_PRECONDITION, "The generation was started without credit_tokens and needs no credit."
+)
+SESSION_IDLE = ErrorKind(
+    "SESSION_IDLE", _C.ABORTED, "Nothing ran on the session and no command came for the server's idle time."
 )
 NUMERIC = ErrorKind("NUMERIC", _C.INTERNAL, "The model produced numbers that are not finite.")
 INTERNAL = ErrorKind("INTERNAL", _C.INTERNAL, "Internal error.")

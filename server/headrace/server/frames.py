@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Generic, Literal, TypeVar
 
 import msgspec
-from headrace.engine.types import EngineStats, SequenceOutput, SequenceRequest
+from headrace.engine.types import EngineStats, SequenceOutput, SequenceRequest, StepRecord
 
 # The largest frames: a prompt of a 1 M-token context (5 bytes an id), or a step of 4,096 scored rows with 20
 # alternatives each.
@@ -68,8 +68,28 @@ class SetMaxTokens(msgspec.Struct, frozen=True, tag="max_tokens", forbid_unknown
     max_tokens: int
 
 
+class SetStopTokens(msgspec.Struct, frozen=True, tag="stop_tokens", forbid_unknown_fields=True):
+    """Change the tokens that end a sequence."""
+
+    id: int
+    token_ids: tuple[int, ...]
+
+
+class Grant(msgspec.Struct, frozen=True, tag="grant", forbid_unknown_fields=True):
+    """Let a sequence have so many output tokens in all; ignored for unknown ids, as are the two above and below."""
+
+    id: int
+    credit: int
+
+
+class Unpin(msgspec.Struct, frozen=True, tag="unpin", forbid_unknown_fields=True):
+    """Nobody comes back to this conversation: its KV need not stay cached."""
+
+    conversation: int
+
+
 class Park(msgspec.Struct, frozen=True, tag="park", forbid_unknown_fields=True):
-    """Do not schedule a sequence: its reader is behind."""
+    """Do not schedule a sequence: its reader is behind, or it is paused."""
 
     id: int
 
@@ -86,7 +106,7 @@ class Ping(msgspec.Struct, frozen=True, tag="ping", forbid_unknown_fields=True):
     nonce: int
 
 
-ToEngine = Load | Submit | Cancel | SetMaxTokens | Park | Unpark | Ping
+ToEngine = Load | Submit | Cancel | SetMaxTokens | SetStopTokens | Grant | Unpin | Park | Unpark | Ping
 
 # ---- engine -> front end ------------------------------------------------------------------------------------------
 
@@ -111,6 +131,9 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", forbid_unknown_fields=True
     max_model_len: int
     stats: EngineStats
     block_size: int = 16
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+    arithmetic: str = ""  # what decides the bits of the logits, besides the model; see Origin.arithmetic
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused", forbid_unknown_fields=True):
@@ -125,6 +148,7 @@ class Step(msgspec.Struct, frozen=True, tag="step", forbid_unknown_fields=True):
 
     outputs: list[SequenceOutput]
     stats: EngineStats
+    record: StepRecord | None = None
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong", forbid_unknown_fields=True):

@@ -7,7 +7,7 @@ the engine steps; in `finally`, stop what runs and give the guard back.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from headrace.server.errors import ServerError
 from headrace.server.generation import Chunk, ExpiredError, Generation
 from headrace.server.model_host import ModelHost
 from headrace.server.prompts import INLINE_TOKENS
+from headrace.server.resume import Kept, Registry
 from headrace.server.rpc import Call, Implementation
 from headrace.server.starter import Start, Starter
 from headrace.v1 import inference_pb2 as pb
@@ -53,11 +54,14 @@ class Running:
 class InferenceService:
     """headrace.v1.InferenceService."""
 
-    def __init__(self, host: ModelHost, admission: Admission, starter: Starter, session: Implementation) -> None:
+    def __init__(
+        self, host: ModelHost, admission: Admission, starter: Starter, session: Implementation, resumables: Registry
+    ) -> None:
         self._host = host
         self._admission = admission
         self._starter = starter
         self._session = session
+        self._resumables = resumables
 
     def implementations(self) -> dict[str, Implementation]:
         """By method name."""
@@ -76,17 +80,25 @@ class InferenceService:
         """One message per step and generation."""
         validate.check_model(request.model, self._host.name)
         validate.generate(request, self._host.limits())
+        if request.resumable:
+            await self._generate_resumable(request, call)
+            return
         async with self._run(request, call, "") as running:
             async for generation, news in running.chunks(call):
                 await call.write(pb.GenerateResponse(chunk=convert.chunk(generation.index, news)))
 
     async def resume(self, request: pb.ResumeRequest, call: Call) -> None:
         """The messages of a resumable generation, from an offset on."""
-        raise ServerError(errors.GENERATION_UNKNOWN)
+        validate.resume(request)
+        kept = self._resumables.find(request.generation_id, call.tenant)
+        call.facts["resumed_offset"] = request.next_offset
+        await kept.follow(call, request.next_offset)
 
     async def cancel(self, request: pb.CancelRequest, call: Call) -> pb.CancelResponse:
         """Stop a resumable generation."""
-        raise ServerError(errors.GENERATION_UNKNOWN)
+        validate.resume(request)
+        self._resumables.find(request.generation_id, call.tenant).cancel()
+        return pb.CancelResponse()
 
     async def complete(self, request: pb.CompleteRequest, call: Call) -> pb.CompleteResponse:
         """All generations at once."""
@@ -134,13 +146,15 @@ class InferenceService:
         validate.score(request, limits)
         call.label = request.request_label
         call.facts.update(model=host.name, operation="score")
-        with self._admission.open(1) as guard:
+        claim = convert.claim(pb.PRIORITY_STANDARD, call.tenant, call.deadline)
+        with self._admission.open(1, claim) as guard:
             prepared = await host.prompts().prepare(request.prompt)
             validate.check_score_length(len(prepared.ids), limits)
-            guard.reserve_tokens(len(prepared.ids))
-            common = convert.Common(prepared.ids, "", call.deadline, time.monotonic())
+            guard.begin(len(prepared.ids), 0)
+            common = convert.Common(prepared.ids, "", call.deadline, time.monotonic(), claim)
             mailbox = Mailbox(call.interrupt)
             stream = host.client().submit(partial(convert.score_sequence, common, request.top_logprobs), mailbox)
+            stream.on_start = guard.started
             try:
                 scored, end = await _collect(stream, mailbox)
             finally:
@@ -152,34 +166,69 @@ class InferenceService:
         call.facts["prompt_tokens"] = len(prepared.ids)
         return convert.score_response(prepared.ids, scored, end)
 
+    async def _generate_resumable(self, request: pb.GenerateRequest, call: Call) -> None:
+        """One generation that outlives its call."""
+        call.label = request.request_label
+        guard = self._admission.open(1, convert.claim(request.priority, call.tenant, call.deadline))
+        try:
+            mailbox = Mailbox(lambda error: kept.cut_off(error))
+            (generation,) = await self._submit(request, call, "", guard, mailbox)
+            kept = Kept(self._resumables, generation.id, call.tenant, len(request.continuation.token_ids))
+        except BaseException:
+            guard.close()
+            raise
+        self._resumables.start(generation, mailbox, guard, kept)
+        try:
+            await kept.follow(call, kept.first_offset)
+        finally:
+            _note_endings(call, [generation])
+
     @asynccontextmanager
     async def _run(self, request: pb.GenerateRequest, call: Call, path: str) -> AsyncIterator[Running]:
         """The request's generations, admitted and running; stopped and given back at the end, however it comes."""
         call.label = request.request_label
         generations: dict[TokenStream, Generation] = {}
-        guard: RequestGuard = self._admission.open(request.sampling.n or 1)
+        claim = convert.claim(request.priority, call.tenant, call.deadline)
+        guard: RequestGuard = self._admission.open(request.sampling.n or 1, claim)
         try:
-            prepared = await self._host.prompts().prepare(request.prompt, f"{path}prompt")
-            start = Start(prepared.ids, request.sampling, request.cache_salt, call.deadline, path)
             mailbox = Mailbox(call.interrupt)
-            for generation in self._starter.submit(start, guard, mailbox):
+            for generation in await self._submit(request, call, path, guard, mailbox):
                 assert generation.stream is not None
                 generations[generation.stream] = generation
-            call.facts.update(
-                model=self._host.name,
-                operation="chat" if request.prompt.WhichOneof("form") == "chat" else "text_completion",
-                prompt_tokens=len(prepared.ids),
-                n=len(generations),
-                max_tokens=next(iter(generations.values())).max_tokens,
-                temperature=request.sampling.temperature if request.sampling.HasField("temperature") else 1.0,
-            )
             await call.admit()
             yield Running(mailbox, generations)
         finally:
             for generation in generations.values():
                 generation.close()
             guard.close()
-            _note_endings(call, generations)
+            _note_endings(call, generations.values())
+
+    async def _submit(
+        self, request: pb.GenerateRequest, call: Call, path: str, guard: RequestGuard, mailbox: Mailbox
+    ) -> list[Generation]:
+        """The request's generations, running. Raises ServerError, and has started nothing then."""
+        prepared = await self._host.prompts().prepare(request.prompt, f"{path}prompt")
+        start = Start(
+            prepared.ids,
+            request.sampling,
+            request.cache_salt,
+            call.deadline,
+            path,
+            continuation=request.continuation if request.HasField("continuation") else None,
+            tells_origin=request.resumable,
+        )
+        generations = self._starter.submit(start, guard, mailbox)
+        if guard.capped_to:
+            call.tell("headrace-max-tokens", str(guard.capped_to))
+        call.facts.update(
+            model=self._host.name,
+            operation="chat" if request.prompt.WhichOneof("form") == "chat" else "text_completion",
+            prompt_tokens=len(prepared.ids),
+            n=len(generations),
+            max_tokens=generations[0].max_tokens,
+            temperature=request.sampling.temperature if request.sampling.HasField("temperature") else 1.0,
+        )
+        return generations
 
 
 async def _collect(stream: TokenStream, mailbox: Mailbox) -> tuple[list[TokenOutput], FinishOutput]:
@@ -193,9 +242,12 @@ async def _collect(stream: TokenStream, mailbox: Mailbox) -> tuple[list[TokenOut
             return tokens, taken.finish
 
 
-def _note_endings(call: Call, generations: Mapping[TokenStream, Generation]) -> None:
-    endings = [g.ending for g in generations.values() if g.ending is not None]
+def _note_endings(call: Call, generations: Iterable[Generation]) -> None:
+    endings = [g.ending for g in generations if g.ending is not None]
     if endings:
         call.facts["generated_tokens"] = sum(ending.num_generated_tokens for ending in endings)
         call.facts["cached_tokens"] = endings[0].num_cached_tokens
         call.facts["finish"] = endings[0].reason
+        call.facts["queue_seconds"] = round(max(ending.queue_seconds for ending in endings), 6)
+        call.facts["prefill_seconds"] = round(max(ending.prefill_seconds for ending in endings), 6)
+        call.facts["decode_seconds"] = round(max(ending.decode_seconds for ending in endings), 6)

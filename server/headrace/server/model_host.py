@@ -11,9 +11,12 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from headrace.engine.types import EngineStats
+from headrace.models.digest import model_digest
 from headrace.models.errors import ModelError
 from headrace.models.load import FrontModel, ModelInfo, load_front
 from headrace.models.sources import resolve
@@ -21,6 +24,7 @@ from headrace.server import errors, frames
 from headrace.server.config import ServerConfig
 from headrace.server.engine_client import EngineClient
 from headrace.server.errors import ServerError
+from headrace.server.forecast import Capacity
 from headrace.server.prompts import Prompts
 from headrace.server.spawn import ENGINE_COMMAND, SpawnedEngine
 from headrace.server.supervisor import EngineState, Supervisor
@@ -29,6 +33,14 @@ from headrace.server.validate import Limits
 
 log = logging.getLogger("headrace.server")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the model is, as hashes (`headrace.models.digest`)."""
+
+    model_digest: str
+    tokenizer_digest: str
 
 
 class ModelHost:
@@ -47,6 +59,7 @@ class ModelHost:
         self._config = config
         self._on_change = on_change
         self._front: FrontModel | None = None
+        self._identity: Identity | None = None
         self._prompts: Prompts | None = None
         self._failure = ""
         self._is_draining = False
@@ -63,7 +76,7 @@ class ModelHost:
             return "draining"
         if self.failure:
             return "failed"
-        is_ready = self._front is not None and self.supervisor.state is EngineState.READY
+        is_ready = self._identity is not None and self.supervisor.state is EngineState.READY
         return "ready" if is_ready else "loading"
 
     @property
@@ -92,7 +105,11 @@ class ModelHost:
         try:
             path = await _in_daemon_thread(lambda: resolve(self._config.model))
             engine = asyncio.ensure_future(self.supervisor.run(self._load_frame(path)))
-            self._front = await _in_daemon_thread(lambda: load_front(path))
+            front, digest = await asyncio.gather(
+                _in_daemon_thread(lambda: load_front(path)), _in_daemon_thread(lambda: model_digest(path))
+            )
+            self._front = front
+            self._identity = Identity(digest, await _in_daemon_thread(front.tokenizer.digest))
             self._prompts = Prompts(self._front.tokenizer, self._template_worker(self._front))
             self._on_change()
             await engine
@@ -125,12 +142,37 @@ class ModelHost:
             raise self._refusal()
         return self._front
 
+    def engine_stats(self) -> EngineStats | None:
+        """The engine's counts after its last step; None while there is none."""
+        client = self.supervisor.client
+        return client.stats if client is not None else None
+
+    @property
+    def capacity(self) -> Capacity | None:
+        """What the engine can do at once; None until it has said so."""
+        ready = self.supervisor.ready
+        if ready is None:
+            return None
+        kv_tokens = ready.stats.num_total_blocks * ready.block_size
+        return Capacity(ready.max_num_seqs, ready.max_num_batched_tokens, kv_tokens)
+
     def client(self) -> EngineClient:
         """The engine. Raises ServerError while none answers."""
         client = self.supervisor.client
-        if client is None or self._front is None or self._failure:
+        if client is None or self._identity is None or self._failure:
             raise self._refusal()
         return client
+
+    def identity(self) -> Identity:
+        """The model's hashes. Raises ServerError until they are known."""
+        if self._identity is None:
+            raise self._refusal()
+        return self._identity
+
+    @property
+    def arithmetic(self) -> str:
+        """What decides the bits of the logits, besides the model; "" where the engine does not say."""
+        return self.supervisor.ready.arithmetic if self.supervisor.ready is not None else ""
 
     def limits(self) -> Limits:
         """What the model allows. Raises ServerError until that is known."""

@@ -16,7 +16,7 @@ from typing import TypeVar
 from headrace.models.chat_template import MessagesRefusedError
 from headrace.models.errors import TemplateError, TokenizerError
 from headrace.models.tokenizer import Tokenizer
-from headrace.server import errors
+from headrace.server import errors, telemetry
 from headrace.server.errors import InvalidRequestError, ServerError, Violation
 from headrace.server.template_worker import TemplateWorker
 from headrace.v1 import inference_pb2 as pb
@@ -57,8 +57,13 @@ class Prompts:
     async def prepare(self, prompt: pb.Prompt, field: str = "prompt") -> Prepared:
         """A validated prompt's ids. field: its path, for faults. Raises ServerError."""
         form = prompt.WhichOneof("form")
+        telemetry.begin("chat" if form == "chat" else "text_completion")
         if form == "tokens":
             return Prepared(list(prompt.tokens.ids), "")
+        with telemetry.child_span("tokenize"):
+            return await self._prepare_text(prompt, form, field)
+
+    async def _prepare_text(self, prompt: pb.Prompt, form: str | None, field: str) -> Prepared:
         if form == "text":
             ids = await self.encode(prompt.text, add_bos=self._tokenizer.add_bos, parse_special=False)
             return Prepared(ids, prompt.text)

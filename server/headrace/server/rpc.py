@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -21,8 +22,9 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
-from headrace.server import errors, telemetry
+from headrace.server import errors, metrics, telemetry
 from headrace.server.errors import ServerError
+from opentelemetry.trace import Span
 
 log = logging.getLogger("headrace.server")
 request_log = logging.getLogger("headrace.request")
@@ -50,12 +52,13 @@ class Implementation(Protocol):
 class Policy:
     """What holds for all methods of a service.
 
-    is_logged: False for probes, which would drown the log and the traces.
+    is_logged: False for probes, which would drown the log and the traces. tenant_header: metadata key of the tenant.
     """
 
     default_deadline: float
     max_deadline: float
     is_logged: bool = True
+    tenant_header: str = ""
 
 
 class Call:
@@ -66,8 +69,10 @@ class Call:
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any], method: str, policy: Policy) -> None:
         self.method = method
+        self.id = secrets.token_hex(16)  # the server's own; a caller's is a label
         self.facts: dict[str, str | int | float | bool] = {}
         self.label = ""
+        self.tenant = _tenant(context, policy.tenant_header) if policy.tenant_header else ""
         self.started = time.monotonic()
         remaining = context.time_remaining()
         self.has_deadline = remaining is not None
@@ -76,6 +81,7 @@ class Call:
         self.deadline = self.started + limit
         self._context = context
         self._is_admitted = False
+        self._told: list[tuple[str, str]] = []
         self._task = asyncio.current_task()
         self._interruption: ServerError | None = None
 
@@ -83,11 +89,19 @@ class Call:
         """Send the initial metadata: the request is admitted, and nobody may retry it elsewhere from here on."""
         if not self._is_admitted:
             self._is_admitted = True
-            await self._guarded(self._context.send_initial_metadata(()))
+            await self._guarded(self._context.send_initial_metadata(tuple(self._told)))
+
+    def tell(self, key: str, value: str) -> None:
+        """Add an entry to the initial metadata, before `admit`."""
+        self._told.append((key, value))
 
     async def write(self, message: Message) -> None:
         """Send one message of a stream. Waits while the client's window is full. Raises ClientGoneError."""
         await self._guarded(self._context.write(message.SerializeToString()))
+
+    async def write_serialized(self, data: bytes) -> None:
+        """`write` for a message that is serialised already."""
+        await self._guarded(self._context.write(data))
 
     async def expire(self) -> None:
         """Call it when the deadline has passed and the work has stopped. The client's own clock ends the call: a
@@ -214,13 +228,23 @@ async def _run(
             failure = _incident(call, error)
         if failure is not None:
             status = failure.kind.code.name
-        telemetry.end_server_span(span, call.facts, status, failure.kind.reason if failure else "")
+        reason = failure.kind.reason if failure else ""
+        telemetry.end_server_span(span, call.facts, status, reason)
         if policy.is_logged:
-            _log_request(call, status, failure)
+            metrics.call_ended(call.method, status, reason, time.monotonic() - call.started)
+            if failure is not None:
+                metrics.refused(failure.kind)
+            _log_request(call, status, failure, span)
         if failure is not None:
             await context.abort(failure.kind.code, failure.message, failure.trailing_metadata())
         if status == "CANCELLED":
             raise asyncio.CancelledError
+
+
+def _tenant(context: grpc.aio.ServicerContext[Any, Any], key: str) -> str:
+    """The last value of a metadata key: what a proxy appends comes after what a client sent."""
+    values = [value for name, value in context.invocation_metadata() or () if name == key]
+    return values[-1] if values and isinstance(values[-1], str) else ""
 
 
 def _metadata(context: grpc.aio.ServicerContext[Any, Any]) -> list[tuple[str, str | bytes]]:
@@ -235,8 +259,11 @@ def _incident(call: Call, error: Exception) -> ServerError:
     return incident
 
 
-def _log_request(call: Call, status: str, failure: ServerError | None) -> None:
-    fields: dict[str, str | int | float | bool] = {"method": call.method, "status": status}
+def _log_request(call: Call, status: str, failure: ServerError | None, span: Span) -> None:
+    fields: dict[str, str | int | float | bool] = {"request_id": call.id, "method": call.method, "status": status}
+    context = span.get_span_context()
+    if context.is_valid:
+        fields["trace_id"] = format(context.trace_id, "032x")
     if failure is not None:
         fields["reason"] = failure.kind.reason
         if failure.incident:

@@ -1,8 +1,9 @@
 """Session: many generations multiplexed on one bidirectional stream.
 
 One task reads commands and carries them out in order; the handler's own task is the only writer. Failures of a command
-or a generation are events, the stream goes on. `Conversations` (conversation.py) keep what is needed to go on with a
-chat.
+or a generation are events, the stream goes on. A `Conversation` (conversation.py) keeps what is needed to go on with a
+chat. An open session takes no place in the admission; its generations do. One in which nothing runs and nothing is
+asked for ends after a while, and does not hold up a drain.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from headrace.server import convert, errors, validate
+from headrace.server import convert, errors, frames, metrics, validate
 from headrace.server.admission import Admission, RequestGuard
 from headrace.server.config import ServerConfig
 from headrace.server.conversation import Conversation
@@ -38,6 +39,12 @@ class _Entry:
     generation: Generation
     guard: RequestGuard
     conversation: Conversation | None
+    num_granted: int | None  # tokens that it may send in all; None: as many as it likes
+
+    @property
+    def stream(self) -> TokenStream:
+        assert self.generation.stream is not None
+        return self.generation.stream
 
     def close(self) -> None:
         """Idempotent."""
@@ -87,15 +94,21 @@ class Session:
         self._has_room = asyncio.Event()
         self._num_started = 0
         self._num_tokens = 0
+        self._is_carrying_out = False
+        self._last_active = time.monotonic()
+        self._is_idle = False
 
     async def run(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
         """Until the client has half-closed and everything has ended; or, draining, until everything has ended."""
         reader = asyncio.ensure_future(self._read(requests))
         reader.add_done_callback(lambda _: self.wake())
+        watch = asyncio.ensure_future(self._watch_idleness())
         try:
             while not (reader.done() and not self._entries and not self._events):
                 if self._admission.is_draining and not self._entries and not self._events:
                     raise ServerError(errors.DRAINING)
+                if self._is_idle:
+                    raise ServerError(errors.SESSION_IDLE)
                 ready = await self._mailbox.wait()
                 await self._write_events()
                 for stream in ready:
@@ -105,6 +118,7 @@ class Session:
                 await self._write_events()
             await reader  # its exceptions
         finally:
+            watch.cancel()
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError, ClientGoneError, ServerError):
                 await reader
@@ -117,8 +131,23 @@ class Session:
         """Stop everything that runs and give it back."""
         for entry in self._entries.values():
             entry.close()
+        for conversation in self._conversations.values():
+            self._unpin(conversation)
         self._call.facts.update(model=self._host.name, operation="session", generations=self._num_started)
         self._call.facts["generated_tokens"] = self._num_tokens
+
+    async def _watch_idleness(self) -> None:
+        """Looks up rarely and costs nothing meanwhile: a command or an ending only notes its time."""
+        timeout = self._config.session_idle_timeout
+        remaining = timeout
+        while timeout:
+            await asyncio.sleep(remaining)
+            is_at_work = self._entries or self._events or self._is_carrying_out
+            remaining = timeout if is_at_work else self._last_active + timeout - time.monotonic()
+            if remaining <= 0.0:
+                self._is_idle = True
+                self.wake()
+                return
 
     # ---- the writer ----
 
@@ -150,14 +179,20 @@ class Session:
     def _fail(self, entry: _Entry, error: ServerError) -> None:
         if entry.conversation is not None and not entry.conversation.roll_back():
             self._conversations = {k: c for k, c in self._conversations.items() if c is not entry.conversation}
+            self._unpin(entry.conversation)
         self._remove(entry)
         self._emit(convert.session_error(entry.id, error, is_final=True))
 
     def _remove(self, entry: _Entry) -> None:
         entry.close()
+        self._last_active = time.monotonic()
         del self._entries[entry.id]
-        assert entry.generation.stream is not None
-        del self._by_stream[entry.generation.stream]
+        del self._by_stream[entry.stream]
+
+    def _unpin(self, conversation: Conversation) -> None:
+        """Nobody comes back to it; the prefix cache may keep it like anything else."""
+        with contextlib.suppress(ServerError):  # an engine that is gone keeps nothing
+            self._host.client().send(frames.Unpin(conversation.key))
 
     def _emit(self, event: pb.SessionResponse) -> None:
         self._events.append(event)
@@ -169,10 +204,15 @@ class Session:
         async for request in requests:
             command = request.WhichOneof("command")
             generation_id = getattr(getattr(request, command), "generation_id", "") if command else ""
+            self._is_carrying_out = True
             try:
                 await self._carry_out(request, command)
             except ServerError as error:
+                metrics.refused(error.kind)
                 self._emit(convert.session_error(generation_id, error, is_final=generation_id not in self._entries))
+            finally:
+                self._is_carrying_out = False
+                self._last_active = time.monotonic()
             while len(self._events) >= _MAX_WAITING_EVENTS:
                 self._has_room.clear()
                 await self._has_room.wait()
@@ -182,13 +222,18 @@ class Session:
             await self._start(request.start)
         elif command == "append":
             await self._append(request.append)
-        elif command == "cancel":
-            validate.session_cancel(request.cancel)
-            stream = self._entry(request.cancel.generation_id).generation.stream
-            assert stream is not None
-            stream.cancel()
         elif command == "update":
             self._update(request.update)
+        elif command == "interrupt":
+            self._interrupt(request.interrupt)
+        elif command == "credit":
+            self._credit(request.credit)
+        elif command == "cancel":
+            self._target(request.cancel, command).stream.cancel()
+        elif command == "pause":
+            self._target(request.pause, command).stream.pause()
+        elif command == "resume":
+            self._target(request.resume, command).stream.resume()
         elif command == "ping":
             stats = await self._host.client().ping()
             self._emit(pb.SessionResponse(pong=pb.SessionPong(nonce=request.ping.nonce, engine_steps=stats.num_steps)))
@@ -204,14 +249,16 @@ class Session:
             raise ServerError(errors.CONVERSATION_EXISTS)
         if command.conversation_id and len(self._conversations) >= self._config.max_conversations_per_session:
             raise ServerError(errors.SESSION_FULL, quota="conversations")
-        with self._guarded() as guard:
+        deadline = self._deadline()
+        with self._guarded(request.priority, deadline) as guard:
             prepared = await self._host.prompts().prepare(request.prompt, "start.request.prompt")
             conversation = None
             if command.conversation_id:
                 conversation = Conversation(self._host.prompts(), self._host.front().tokenizer, request)
-                conversation.ask(self._host.prompts().messages(request.prompt.chat.messages), prepared)
-            start = Start(prepared.ids, request.sampling, request.cache_salt, self._deadline(), "start.request.")
-            self._launch(command.generation_id, start, guard, conversation)
+                messages = self._host.prompts().messages(request.prompt.chat.messages)
+                conversation.ask(conversation.first(messages, prepared))
+            start = Start(prepared.ids, request.sampling, request.cache_salt, deadline, "start.request.")
+            self._launch(command, start, guard, conversation)
         if conversation is not None:
             self._conversations[command.conversation_id] = conversation
 
@@ -224,13 +271,14 @@ class Session:
         if conversation.is_busy:
             raise ServerError(errors.CONVERSATION_BUSY)
         sampling = command.sampling if command.HasField("sampling") else conversation.sampling
-        with self._guarded() as guard:
+        deadline = self._deadline()
+        with self._guarded(conversation.priority, deadline) as guard:
             messages = self._host.prompts().messages(command.messages)
-            prepared = await conversation.continuation(messages, "append.messages")
-            start = Start(prepared.ids, sampling, conversation.salt, self._deadline(), "append.")
-            conversation.ask(messages, prepared)
+            turn = await conversation.continuation(messages, "append.messages")
+            start = Start(turn.prompt.ids, sampling, conversation.salt, deadline, "append.")
+            conversation.ask(turn)
             try:
-                self._launch(command.generation_id, start, guard, conversation)
+                self._launch(command, start, guard, conversation)
             except ServerError:
                 conversation.roll_back()
                 raise
@@ -239,30 +287,61 @@ class Session:
         validate.session_update(command, self._host.limits())
         entry = self._entry(command.generation_id)
         generation = entry.generation
-        room = self._host.limits().context_length - generation.num_prompt_tokens
-        if command.max_tokens > room:
-            violation = Violation("update.max_tokens", f"must be at most {room} for this prompt", "OUT_OF_RANGE")
-            raise InvalidRequestError([violation])
-        if command.max_tokens > generation.max_tokens:
-            entry.guard.reserve_tokens(command.max_tokens - generation.max_tokens)
-        generation.max_tokens = command.max_tokens
-        assert generation.stream is not None
-        generation.stream.set_max_tokens(command.max_tokens)
+        if command.HasField("max_tokens"):
+            room = self._host.limits().context_length - generation.num_prompt_tokens
+            if command.max_tokens > room:
+                violation = Violation("update.max_tokens", f"must be at most {room} for this prompt", "OUT_OF_RANGE")
+                raise InvalidRequestError([violation])
+            if command.max_tokens > generation.max_tokens:
+                entry.guard.reserve_tokens(command.max_tokens - generation.max_tokens)
+            generation.max_tokens = command.max_tokens
+            entry.stream.set_max_tokens(command.max_tokens)
+        if command.HasField("stop_conditions"):
+            end_tokens = self._host.front().info.eos_token_ids
+            entry.stream.set_stop_tokens(convert.stop_tokens(command.stop_conditions, end_tokens))
+            generation.set_stops(list(command.stop_conditions.stop))
+        generation.origin = None  # its parameters do not tell any more what was generated
 
-    def _launch(self, generation_id: str, start: Start, guard: RequestGuard, conversation: Conversation | None) -> None:
+    def _interrupt(self, command: pb.SessionInterrupt) -> None:
+        entry = self._target(command, "interrupt")
+        validate.session_interrupt(command, entry.generation.num_sent)
+        if entry.conversation is not None:
+            has_count = command.HasField("heard_tokens")
+            entry.conversation.interrupt(command.heard_tokens if has_count else entry.generation.num_sent)
+        entry.generation.interrupt()
+
+    def _credit(self, command: pb.SessionCredit) -> None:
+        entry = self._target(command, "credit")
+        validate.session_credit(command, entry.num_granted or 0)
+        if entry.num_granted is None:
+            raise ServerError(errors.CREDIT_UNLIMITED)
+        entry.num_granted += command.tokens
+        entry.stream.grant(entry.num_granted)
+
+    def _launch(
+        self,
+        command: pb.SessionStart | pb.SessionAppend,
+        start: Start,
+        guard: RequestGuard,
+        conversation: Conversation | None,
+    ) -> None:
+        num_granted = command.credit_tokens if command.HasField("credit_tokens") else None
+        if num_granted is not None:
+            start = replace(start, credit=num_granted)
+        if conversation is not None:
+            start = replace(start, conversation=conversation.key, lease=self._config.conversation_lease)
         (generation,) = self._starter.submit(start, guard, self._mailbox)
-        assert generation.stream is not None
-        entry = _Entry(generation_id, generation, guard, conversation)
-        self._entries[generation_id] = entry
-        self._by_stream[generation.stream] = entry
+        entry = _Entry(command.generation_id, generation, guard, conversation, num_granted)
+        self._entries[entry.id] = entry
+        self._by_stream[entry.stream] = entry
         self._num_started += 1
-        started = pb.SessionStarted(generation_id=generation_id, prompt_tokens=len(start.ids))
+        started = pb.SessionStarted(generation_id=entry.id, prompt_tokens=len(start.ids))
         self._emit(pb.SessionResponse(started=started))
 
     @contextlib.contextmanager
-    def _guarded(self) -> Iterator[RequestGuard]:
+    def _guarded(self, priority: int, deadline: float) -> Iterator[RequestGuard]:
         """A guard that is given back unless the generation was launched."""
-        guard = self._admission.open(1)
+        guard = self._admission.open(1, convert.claim(priority, self._call.tenant, deadline))
         try:
             yield guard
         except BaseException:
@@ -274,6 +353,11 @@ class Session:
             raise ServerError(errors.GENERATION_EXISTS)
         if len(self._entries) >= self._config.max_generations_per_session:
             raise ServerError(errors.SESSION_FULL, quota="generations")
+
+    def _target(self, command: validate.Named, name: str) -> _Entry:
+        """The generation that a command is about."""
+        validate.session_target(command, name)
+        return self._entry(command.generation_id)
 
     def _entry(self, generation_id: str) -> _Entry:
         entry = self._entries.get(generation_id)

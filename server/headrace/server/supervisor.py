@@ -16,9 +16,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
 
+from headrace.engine.types import EngineStats
 from headrace.server import frames
 from headrace.server.config import ServerConfig
 from headrace.server.engine_client import EngineClient
+from headrace.server.spans import Observer
 from headrace.server.spawn import ENGINE_COMMAND, SpawnedEngine, spawn_engine
 
 log = logging.getLogger("headrace.server")
@@ -57,6 +59,7 @@ class Supervisor:
         self.ready: frames.Ready | None = None
         self.progress = 0.0
         self.pid: int | None = None
+        self.on_stats: Callable[[EngineStats], None] | None = None  # called with every step's
         self.num_restarts = 0
         self._config = config
         self._on_change = on_change
@@ -97,7 +100,9 @@ class Supervisor:
         """One life of an engine, from spawn to its end. Returns why the model can never be loaded, or None."""
         config = self._config
         is_ready = False
-        client = EngineClient(config.stream_buffer_tokens, config.stall_timeout, self._progressed)
+        observer = Observer(config.name)
+        client = EngineClient(config.stream_buffer_tokens, config.stall_timeout, self._progressed, observer)
+        client.on_stats = self.on_stats
         engine, self._first = self._first, None
         if engine is None:
             engine = spawn_engine(self._command)

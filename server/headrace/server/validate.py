@@ -8,8 +8,10 @@ the context?) is checked by `check_length` afterwards.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from headrace.server import errors
 from headrace.server.errors import InvalidRequestError, ServerError, Violation
@@ -21,12 +23,23 @@ MAX_ID_BYTES = 128
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
+MAX_CREDIT = 0xFFFF_FFFF
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
 MAX_N = 16
 MAX_DETOKENIZE_TOKENS = 1 << 20
+MAX_ARITHMETIC_BYTES = 256
 DEFAULT_MAX_TOKENS = 256
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PRIORITIES = frozenset(pb.Priority.values())
 _ROLES = frozenset(pb.Role.values()) - {pb.ROLE_UNSPECIFIED}
+
+
+class Named(Protocol):
+    """A command about a generation."""
+
+    @property
+    def generation_id(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,15 @@ def complete(request: pb.CompleteRequest, limits: Limits) -> None:
     if not request.HasField("request"):
         faults.add("request", "REQUIRED", "must be set")
     else:
+        _not_resumed(faults, request.request, "request.")
         _generate(faults, request.request, limits, "request.")
+    faults.raise_any()
+
+
+def resume(request: pb.ResumeRequest | pb.CancelRequest) -> None:
+    """ResumeRequest and CancelRequest."""
+    faults = _Faults()
+    faults.check_id("generation_id", request.generation_id)
     faults.raise_any()
 
 
@@ -98,6 +119,7 @@ def session_start(command: pb.SessionStart, limits: Limits) -> None:
     if not command.HasField("request"):
         faults.add("start.request", "REQUIRED", "must be set")
     else:
+        _not_resumed(faults, command.request, "start.request.")
         _generate(faults, command.request, limits, "start.request.")
         if command.request.sampling.n > 1:
             faults.add("start.request.sampling.n", "OUT_OF_RANGE", "must be 1 in a session")
@@ -118,10 +140,27 @@ def session_append(command: pb.SessionAppend, limits: Limits) -> None:
     faults.raise_any()
 
 
-def session_cancel(command: pb.SessionCancel) -> None:
-    """SessionCancel."""
+def session_target(command: Named, name: str) -> None:
+    """What all commands about a running generation have in common. name: of the command in SessionRequest."""
     faults = _Faults()
-    faults.check_id("cancel.generation_id", command.generation_id)
+    faults.check_id(f"{name}.generation_id", command.generation_id)
+    faults.raise_any()
+
+
+def session_interrupt(command: pb.SessionInterrupt, num_sent: int) -> None:
+    """SessionInterrupt of a generation that has sent so many tokens."""
+    faults = _Faults()
+    faults.check_range("interrupt.heard_tokens", command.heard_tokens, 0, num_sent)
+    faults.raise_any()
+
+
+def session_credit(command: pb.SessionCredit, num_granted: int) -> None:
+    """SessionCredit for a generation that was granted so many tokens before."""
+    faults = _Faults()
+    if not command.tokens:
+        faults.add("credit.tokens", "OUT_OF_RANGE", "must be at least 1")
+    elif num_granted + command.tokens > MAX_CREDIT:
+        faults.add("credit.tokens", "OUT_OF_RANGE", f"must be at most {MAX_CREDIT - num_granted} more")
     faults.raise_any()
 
 
@@ -129,7 +168,11 @@ def session_update(command: pb.SessionUpdate, limits: Limits) -> None:
     """SessionUpdate."""
     faults = _Faults()
     faults.check_id("update.generation_id", command.generation_id)
-    faults.check_range("update.max_tokens", command.max_tokens, 1, limits.context_length - 1)
+    if command.HasField("max_tokens"):
+        faults.check_range("update.max_tokens", command.max_tokens, 1, limits.context_length - 1)
+    elif not command.HasField("stop_conditions"):
+        faults.add("update.max_tokens", "REQUIRED", "must be set, or stop_conditions")
+    _stops(faults, command.stop_conditions, limits, "update.stop_conditions.")
     faults.raise_any()
 
 
@@ -203,6 +246,35 @@ def _generate(faults: _Faults, request: pb.GenerateRequest, limits: Limits, path
     _sampling(faults, request.sampling, limits, f"{path}sampling.")
     _label(faults, request.request_label, f"{path}request_label")
     faults.check_bytes(f"{path}cache_salt", request.cache_salt, MAX_LABEL_BYTES)
+    if request.priority not in _PRIORITIES:
+        faults.add(f"{path}priority", "OUT_OF_RANGE", "must be a Priority")
+    _continuation(faults, request, limits, path)
+
+
+def _continuation(faults: _Faults, request: pb.GenerateRequest, limits: Limits, path: str) -> None:
+    if (request.resumable or request.HasField("continuation")) and request.sampling.n > 1:
+        faults.add(f"{path}sampling.n", "CONFLICT", "must be 1 where a generation is resumable or continued")
+    if not request.HasField("continuation"):
+        return
+    held, path = request.continuation, f"{path}continuation."
+    if len(held.token_ids) > limits.context_length:
+        faults.add(f"{path}token_ids", "TOO_MANY", f"must be at most {limits.context_length}")
+    else:
+        faults.check_token_ids(f"{path}token_ids", held.token_ids, limits.vocab_size)
+    for field, value in (("prompt_hash", held.prompt_hash), ("model_digest", held.model_digest)):
+        if not _DIGEST.fullmatch(value):
+            faults.add(f"{path}{field}", "BAD_CHARACTER", "must be 64 lower-case hexadecimal digits")
+    faults.check_bytes(f"{path}arithmetic", held.arithmetic, MAX_ARITHMETIC_BYTES)
+    if held.token_ids and not request.sampling.HasField("seed"):
+        faults.add(f"{path.removesuffix('continuation.')}sampling.seed", "REQUIRED", "must be set to go on")
+
+
+def _not_resumed(faults: _Faults, request: pb.GenerateRequest, path: str) -> None:
+    """What Generate alone can do."""
+    if request.resumable:
+        faults.add(f"{path}resumable", "CONFLICT", "can be set in Generate only")
+    if request.HasField("continuation"):
+        faults.add(f"{path}continuation", "CONFLICT", "can be set in Generate only")
 
 
 def _label(faults: _Faults, label: str, field: str) -> None:
@@ -267,7 +339,7 @@ def _sampling(faults: _Faults, sampling: pb.SamplingParams, limits: Limits, path
         check(f"{path}logit_bias[{token_id}]", bias, -100, 100)
 
 
-def _stops(faults: _Faults, sampling: pb.SamplingParams, limits: Limits, path: str) -> None:
+def _stops(faults: _Faults, sampling: pb.SamplingParams | pb.StopConditions, limits: Limits, path: str) -> None:
     if len(sampling.stop) > MAX_STOPS:
         faults.add(f"{path}stop", "TOO_MANY", f"must be at most {MAX_STOPS}")
     else:

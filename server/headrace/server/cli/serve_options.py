@@ -180,6 +180,132 @@ StallTimeout = Annotated[
         help="A reader that is this long behind is cut off.",
     ),
 ]
+ResumeGrace = Annotated[
+    float,
+    typer.Option(
+        "--resume-grace",
+        envvar="HEADRACE_RESUME_GRACE",
+        rich_help_panel=_TIMES,
+        help="A resumable generation goes on for so long after its client vanished.",
+    ),
+]
+ResumeRetention = Annotated[
+    float,
+    typer.Option(
+        "--resume-retention",
+        envvar="HEADRACE_RESUME_RETENTION",
+        rich_help_panel=_TIMES,
+        help="The messages of a resumable generation are kept for so long after its end.",
+    ),
+]
+ResumeBytes = Annotated[
+    int,
+    typer.Option(
+        "--resume-bytes",
+        envvar="HEADRACE_RESUME_BYTES",
+        rich_help_panel=_LIMITS,
+        help="Memory for the messages of resumable generations.",
+    ),
+]
+MaxDeadline = Annotated[
+    float,
+    typer.Option(
+        "--max-deadline",
+        envvar="HEADRACE_MAX_DEADLINE",
+        rich_help_panel=_TIMES,
+        help="Longer deadlines of calls are cut to it.",
+    ),
+]
+ProgressTimeout = Annotated[
+    float,
+    typer.Option(
+        "--progress-timeout",
+        envvar="HEADRACE_PROGRESS_TIMEOUT",
+        rich_help_panel=_TIMES,
+        help="Health says NOT_SERVING while the engine has made no progress for so long.",
+    ),
+]
+HangTimeout = Annotated[
+    float,
+    typer.Option(
+        "--hang-timeout",
+        envvar="HEADRACE_HANG_TIMEOUT",
+        rich_help_panel=_TIMES,
+        help="An engine without progress for so long is killed, and another started.",
+    ),
+]
+MaxConnectionAge = Annotated[
+    float,
+    typer.Option(
+        "--max-connection-age",
+        envvar="HEADRACE_MAX_CONNECTION_AGE",
+        rich_help_panel=_TIMES,
+        help="Then a client is asked to connect anew, so that connections spread over new replicas.",
+    ),
+]
+MaxConnectionAgeGrace = Annotated[
+    float,
+    typer.Option(
+        "--max-connection-age-grace",
+        envvar="HEADRACE_MAX_CONNECTION_AGE_GRACE",
+        rich_help_panel=_TIMES,
+        help="For the calls on such a connection. 0: as long as --max-deadline.",
+    ),
+]
+SloTtft = Annotated[
+    float,
+    typer.Option(
+        "--slo-ttft",
+        envvar="HEADRACE_SLO_TTFT",
+        rich_help_panel=_LIMITS,
+        help="Seconds: refuse what would wait longer for its first token, by forecast. 0: never.",
+    ),
+]
+SloTpot = Annotated[
+    float,
+    typer.Option(
+        "--slo-tpot",
+        envvar="HEADRACE_SLO_TPOT",
+        rich_help_panel=_LIMITS,
+        help="Seconds: admit fewer sequences while streams wait longer than that for each token. 0: never.",
+    ),
+]
+BatchShare = Annotated[
+    float,
+    typer.Option(
+        "--batch-share",
+        envvar="HEADRACE_BATCH_SHARE",
+        rich_help_panel=_LIMITS,
+        help="How full the server may be, of the sequences it admits, for it to take another batch request.",
+    ),
+]
+DegradeMaxTokens = Annotated[
+    int,
+    typer.Option(
+        "--degrade-max-tokens",
+        envvar="HEADRACE_DEGRADE_MAX_TOKENS",
+        rich_help_panel=_LIMITS,
+        help="Cut max_tokens to this while the server is three quarters full; the initial metadata says so. 0: never.",
+    ),
+]
+KvOvercommit = Annotated[
+    float,
+    typer.Option(
+        "--kv-overcommit",
+        envvar="HEADRACE_KV_OVERCOMMIT",
+        rich_help_panel=_LIMITS,
+        help="Admit prompts and outputs of at most so many times what the KV cache holds. 0: no such limit.",
+    ),
+]
+TenantHeader = Annotated[
+    str,
+    typer.Option(
+        "--tenant-header",
+        envvar="HEADRACE_TENANT_HEADER",
+        rich_help_panel=_LIMITS,
+        help="Metadata key that names the tenant, set by a proxy you trust; they get fair shares. Unset: one tenant.",
+    ),
+]
 LameDuck = Annotated[
     float,
     typer.Option(
@@ -211,6 +337,15 @@ Channelz = Annotated[
         envvar="HEADRACE_CHANNELZ",
         rich_help_panel=_OPERATION,
         help="Offer gRPC's own connection statistics.",
+    ),
+]
+MetricsPort = Annotated[
+    int,
+    typer.Option(
+        "--metrics-port",
+        envvar="HEADRACE_METRICS_PORT",
+        rich_help_panel=_OPERATION,
+        help="Serve /metrics over HTTP on this port of --host for Prometheus. 0: do not.",
     ),
 ]
 LogFormat = Annotated[
