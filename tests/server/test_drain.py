@@ -190,5 +190,9 @@ async def test_request_lines_are_one_json_object_each_and_cannot_be_forged(tiny_
         requests = [line for line in lines if line["logger"] == "headrace.request"]
         assert [line["method"].rsplit("/")[-1] for line in requests] == ["Generate", "Tokenize"]
         assert requests[0]["label"] == request.request_label
-        assert requests[0]["level"] == "INFO"
+        assert requests[0]["level"] == "info"
+        assert len({line["request_id"] for line in requests}) == 2
+        assert (requests[0]["prompt_tokens"], requests[0]["generated_tokens"]) == (3, 2)
+        parts = [requests[0][f"{part}_seconds"] for part in ("queue", "prefill", "decode")]
+        assert 0 < sum(parts) <= requests[0]["seconds"]
         assert "CANARY" not in "".join(child.log)
