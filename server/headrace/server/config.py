@@ -48,6 +48,7 @@ class ServerConfig:
     compute_dtype: ComputeDtype = "auto"  # of activations and products on a GPU
     attention: AttentionName = "auto"  # which kernels compute attention on a GPU
     quantization: Quantization = "none"  # what the layers' matrices become at load on a GPU; none: as the file has them
+    swap_space_gb: float = 4.0  # GiB of pinned host memory for the KV of preempted sequences, on a GPU
     gpu_memory_fraction: float = 0.92  # of the GPU's memory that weights, activations and KV blocks may take
     block_size: int = 0
     num_blocks: int = 0
@@ -121,6 +122,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("num_blocks", 0, 1 << 24),
     ("kv_cache_tokens", 0, 1 << 31),
     ("gpu_memory_fraction", 0.05, 1.0),
+    ("swap_space_gb", 0, 4096),
     ("kv_cache_bytes", 0, 1 << 44),
     ("max_num_batched_tokens", 0, 65536),
     ("max_num_seqs", 1, 4096),

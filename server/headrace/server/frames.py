@@ -46,6 +46,7 @@ class Load(msgspec.Struct, frozen=True, tag="load", forbid_unknown_fields=True):
     compute_dtype: str = "auto"
     attention: str = "auto"
     gpu_memory_fraction: float = 0.92
+    swap_space_bytes: int = 0
     quantization: str = "none"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +30,7 @@ log = logging.getLogger("headrace.engine")
 _BLOCK_SIZE = 64  # the KV tile of the attention kernels
 _INTERPRETED_BLOCK_SIZE = 16  # as on a CPU: contexts of tests are short
 _INTERPRETED_KV_BYTES = 64 << 20
+_INTERPRETED_SWAP_BYTES = 4 << 20
 _LEAST_TOKENS = 256  # of a KV cache that is worth serving with
 _LOADING = 0.8  # share of the progress that is loading; the rest is warming up
 
@@ -68,9 +70,12 @@ def _build(load: frames.Load, checkpoint: Checkpoint, on_progress: Callable[[flo
     num_blocks = wanted_blocks(load, block_size) or fitting
     config = engine_config("triton", load, info, block_size=block_size, num_blocks=num_blocks)
     executor.allocate_kv(num_blocks)
+    swap_space = min(load.swap_space_bytes, _INTERPRETED_SWAP_BYTES) if is_interpreted else load.swap_space_bytes
+    num_host_blocks = executor.allocate_host(swap_space)
     begin = time.monotonic()
     executor.warm_up(lambda share: on_progress(_LOADING + (1.0 - _LOADING) * share))
     log.info("warm in %.1f s: %s", time.monotonic() - begin, executor.summary())
+    config = replace(config, num_host_blocks=num_host_blocks, min_swap_tokens=executor.min_swap_tokens)
     on_progress(1.0)
     return Built(Engine(executor, config), executor.name, 1, config.max_sequence_len)
 

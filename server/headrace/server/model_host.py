@@ -206,6 +206,7 @@ class ModelHost:
             compute_dtype=config.compute_dtype,
             attention=config.attention,
             gpu_memory_fraction=config.gpu_memory_fraction,
+            swap_space_bytes=int(config.swap_space_gb * (1 << 30)),
             quantization=config.quantization,
         )
 

@@ -102,6 +102,15 @@ GpuMemoryFraction = Annotated[
         help="Share of the GPU's memory for weights, activations and the KV cache, which gets what is left.",
     ),
 ]
+SwapSpaceGb = Annotated[
+    float,
+    typer.Option(
+        "--swap-space-gb",
+        envvar="HEADRACE_SWAP_SPACE_GB",
+        rich_help_panel=_ENGINE,
+        help="GiB of host memory for the KV of preempted sequences, on a GPU. 0: it is computed again.",
+    ),
+]
 MaxNumSeqs = Annotated[
     int,
     typer.Option(
