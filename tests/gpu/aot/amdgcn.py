@@ -9,6 +9,7 @@ from dataclasses import dataclass
 _WIDTH = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12}
 _WIDTH["dwordx4"] = 16
 _LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(\w+?)(?:_d16\w*)?\b")
+_STORE = re.compile(r"^(?:global|buffer|flat)_(?:store|atomic)_")
 _MATRIX = re.compile(r"^v_(?:mfma|smfmac)_\w+")
 _INSTRUCTION = re.compile(r"^\s+([a-z]+_\w+)\s*(.*)$")
 _LABEL = re.compile(r"^(\.LBB\w+):")
@@ -30,13 +31,18 @@ class Gcn:
     def widths(self) -> dict[int, int]:
         return _widths([name for name, _ in self.instructions])
 
+    def stores(self) -> int:
+        """Instructions whose effect others can see."""
+        return sum(bool(_STORE.match(name)) for name, _ in self.instructions)
+
     def main_loop(self) -> tuple[int, int, int]:
-        """Matrix instructions, loads and all instructions of the innermost loop with most of the first, then second."""
-        return max((_weigh(names) for names in self._innermost()), default=(0, 0, 0))
+        """Matrix instructions, loads and all instructions of the main loop: the one that sass.py's rule names."""
+        names = max(self._innermost(), key=_weight, default=[])
+        return _matrix(names), _loads(names), len(names)
 
     def loop_widths(self) -> dict[int, int]:
         """Global loads of the main loop by bytes per lane."""
-        return _widths(max(self._innermost(), key=_weigh, default=[]))
+        return _widths(max(self._innermost(), key=_weight, default=[]))
 
     def _innermost(self) -> list[list[str]]:
         loops = [
@@ -47,8 +53,17 @@ class Gcn:
         return [[name for name, _ in self.instructions[first:last]] for first, last in loops]
 
 
-def _weigh(names: list[str]) -> tuple[int, int, int]:
-    return sum(bool(_MATRIX.match(n)) for n in names), sum(bool(_LOAD.match(n)) for n in names), len(names)
+def _matrix(names: list[str]) -> int:
+    return sum(bool(_MATRIX.match(name)) for name in names)
+
+
+def _loads(names: list[str]) -> int:
+    return sum(bool(_LOAD.match(name)) for name in names)
+
+
+def _weight(names: list[str]) -> tuple[int, int, int]:
+    matrix = _matrix(names)
+    return matrix, _loads(names), -len(names) if matrix else len(names)
 
 
 def _widths(names: list[str]) -> dict[int, int]:

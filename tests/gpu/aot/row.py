@@ -23,6 +23,7 @@ _CACHE = Path(os.environ.get("TRITON_CACHE_DIR", "build/gpu-gates/triton")).pare
 _VERSION = hashlib.sha256(
     b"".join(Path(__file__).with_name(name).read_bytes() for name in ("row.py", "sass.py", "amdgcn.py", "targets.py"))
 ).hexdigest()
+TENSOR_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Row:
 
     shared: bytes per CTA. ctas: resident per SM, and what limits them. matrix: matrix instructions by kind. loads:
     global loads by bytes per thread (cp.async among them); bulk: TMA instructions. loop: instructions of the main loop;
-    loop_loads: its global loads by bytes per thread. error: what the compiler said instead.
+    loop_loads: its global loads by bytes per thread. size: all instructions. stores: those that others can see the
+    effect of. tensor_memory: columns of it per CTA (sm_100). error: what the compiler said instead.
     """
 
     kernel: str
@@ -48,6 +50,8 @@ class Row:
     loop: int = 0
     loop_loads: dict[int, int] = field(default_factory=dict)
     size: int = 0
+    stores: int = 0
+    tensor_memory: int = 0
     error: str = ""
 
     @property
@@ -73,15 +77,16 @@ def analyse(launch: Launch) -> Row:
         return Row(launch.kernel, target.name, error=f"{type(error).__name__}: {text}")
     code = compiled.asm["cubin"] if target.is_cuda else compiled.asm["amdgcn"].encode()
     metadata = compiled.metadata
-    key = f"{_VERSION} {target.name} {metadata.num_warps} {metadata.shared}".encode() + code
+    columns = getattr(metadata, "tmem_size", 0) or 0
+    key = f"{_VERSION} {target.name} {metadata.num_warps} {metadata.shared} {columns}".encode() + code
     path = _CACHE / f"{hashlib.sha256(key).hexdigest()}.json"
     if path.is_file():
         data = json.loads(path.read_text())
         for name in ("loads", "loop_loads"):
             data[name] = {int(width): count for width, count in data[name].items()}
         return Row(**data)
-    make = _cuda_row if target.is_cuda else _hip_row
-    row = make(launch, code, metadata.num_warps, metadata.shared)
+    sizes = (metadata.num_warps, metadata.shared)
+    row = _cuda_row(launch, code, *sizes, columns) if target.is_cuda else _hip_row(launch, code, *sizes)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(dataclasses.asdict(row)))
@@ -89,10 +94,10 @@ def analyse(launch: Launch) -> Row:
     return row
 
 
-def _cuda_row(launch: Launch, code: bytes, warps: int, shared: int) -> Row:
+def _cuda_row(launch: Launch, code: bytes, warps: int, shared: int, tensor_memory: int) -> Row:
     machine = sass.disassemble(code)
     loop = machine.main_loop()
-    ctas, limit = _cuda_occupancy(launch.target, machine.registers, shared, warps)
+    ctas, limit = _cuda_occupancy(launch.target, machine.registers, shared, warps, tensor_memory)
     return Row(
         kernel=launch.kernel,
         target=launch.target.name,
@@ -108,11 +113,16 @@ def _cuda_row(launch: Launch, code: bytes, warps: int, shared: int) -> Row:
         loop=len(loop),
         loop_loads=sass.widths(loop, sass.LOADS),
         size=len(machine.instructions),
+        stores=machine.count(sass.STORES),
+        tensor_memory=tensor_memory,
     )
 
 
-def _cuda_occupancy(target: Target, registers: int, shared: int, warps: int) -> tuple[int, str]:
-    """CTAs that fit an SM: registers are given to warps in units of 256, shared memory in 128 bytes after 1 KiB."""
+def _cuda_occupancy(target: Target, registers: int, shared: int, warps: int, columns: int) -> tuple[int, str]:
+    """CTAs that fit an SM: registers are given to warps in units of 256, shared memory in 128 bytes after 1 KiB.
+
+    An SM that has tensor memory has 512 columns of it, of 128 lanes of 4 bytes (PTX ISA, "Tensor Memory").
+    """
     per_warp = math.ceil(max(registers, 1) * 32 / 256) * 256
     per_cta = math.ceil((shared + 1024) / 128) * 128
     limits = {
@@ -121,6 +131,8 @@ def _cuda_occupancy(target: Target, registers: int, shared: int, warps: int) -> 
         "warps": target.max_warps // warps,
         "ctas": target.max_ctas,
     }
+    if columns:
+        limits["tensor memory"] = TENSOR_COLUMNS // columns
     limit = min(limits, key=lambda name: limits[name])
     return limits[limit], limit
 
@@ -145,4 +157,5 @@ def _hip_row(launch: Launch, code: bytes, warps: int, shared: int) -> Row:
         loop=machine.main_loop()[2],
         loop_loads=machine.loop_widths(),
         size=len(machine.instructions),
+        stores=machine.stores(),
     )

@@ -22,6 +22,7 @@ MATRIX = (
 )  # fmt: skip
 LOADS = ("LDG", "LDGSTS")  # LDGSTS: cp.async, straight to shared memory
 BULK = ("UTMALDG", "UTMASTG", "UBLKCP")  # TMA: widths are in the descriptor
+STORES = ("STG", "ST", "RED", "REDG", "ATOM", "ATOMG", "UTMASTG", "UTMAREDG")  # what others can see of a kernel
 _LABEL = re.compile(r"^(\.L_\w+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _TARGET = re.compile(r"(\.L_\w+)")
@@ -70,9 +71,15 @@ class Sass:
         return dict(Counter(_shape(item) for item in found))
 
     def main_loop(self) -> tuple[Instruction, ...]:
-        """The innermost loop with most matrix instructions, of equals the shortest: the others have masks for an edge.
+        """The loop that a long input spends its time in, as far as code without counts can tell.
 
-        Without any, the one with most loads; then the longest.
+        It is the innermost loop with most matrix instructions, then most loads. Where a kernel peels its edge, two
+        loops have as many of both: one for whole tiles, one that masks what lies behind the diagonal, the window or
+        the end of a sequence. Of those it is the shorter one, for the kernels are written so that masked tiles are
+        few: a split of decode is 8 whole tiles of 64 positions, and one masked tile in the last split of a sequence
+        (paged_attention/triton_tile.py, `attend`; 249 instructions a whole tile and 326 a masked one on sm_90). A
+        kernel that masked every tile has one loop only, and is judged by it. Without matrix instructions: the loop
+        with most loads, then the longest.
         """
         innermost = [
             loop
