@@ -29,6 +29,7 @@ EXPORTED = [
     "NotFoundError",
     "OverloadedError",
     "Pong",
+    "Receipt",
     "RequestCancelledError",
     "Sampling",
     "Scores",

@@ -9,7 +9,8 @@
 It imports grpc and headrace.v1 only; what is exported here is all there is (tests/clients/test_exports.py).
 """
 
-from headrace.client.aio import AsyncClient, AsyncGeneration
+from headrace.client.aio import AsyncClient
+from headrace.client.aio_generation import AsyncGeneration
 from headrace.client.aio_session import AsyncSession, AsyncSessionGeneration
 from headrace.client.errors import (
     AlreadyExistsError,
@@ -26,7 +27,8 @@ from headrace.client.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from headrace.client.sync import Client, Generation
+from headrace.client.sync import Client
+from headrace.client.sync_generation import Generation
 from headrace.client.sync_session import Session, SessionGeneration
 from headrace.client.types import (
     Chunk,
@@ -35,6 +37,7 @@ from headrace.client.types import (
     Message,
     ModelInfo,
     Pong,
+    Receipt,
     Sampling,
     Scores,
     Timing,
@@ -65,6 +68,7 @@ __all__ = [
     "NotFoundError",
     "OverloadedError",
     "Pong",
+    "Receipt",
     "RequestCancelledError",
     "Sampling",
     "Scores",

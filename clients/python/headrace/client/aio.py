@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
 from headrace.client import connection, convert, types
+from headrace.client.aio_generation import AsyncGeneration, AsyncResumableGeneration
 from headrace.client.aio_session import AsyncSession
 from headrace.client.connection import Metadata
 from headrace.client.errors import HeadraceError, error_from_rpc, make_error
+from headrace.client.resume import REPLICA_KEY, Progress
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
 
@@ -26,57 +29,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 T = TypeVar("T")
-
-
-class AsyncGeneration:
-    """The chunks of one Generate call, as they come. Close it, or leave its `async with` block, to free the server's
-    work.
-
-    Raises HeadraceError from the iteration when the call fails.
-    """
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-        self._responses: AsyncIterator[pb.GenerateResponse] = call.__aiter__()
-        self._is_closed = False
-
-    def __aiter__(self) -> AsyncIterator[types.Chunk]:
-        return self
-
-    async def __anext__(self) -> types.Chunk:
-        if self._is_closed:
-            raise StopAsyncIteration
-        try:
-            response = await self._responses.__anext__()
-        except StopAsyncIteration:
-            self._is_closed = True
-            raise
-        except grpc.RpcError as error:
-            self._is_closed = True
-            raise error_from_rpc(error) from None
-        except asyncio.CancelledError:
-            if self._is_closed:  # closed by another task while this one waited
-                raise StopAsyncIteration from None
-            self._is_closed = True  # gRPC has cancelled the call
-            raise
-        return convert.to_chunk(response.chunk)
-
-    def cancel(self) -> None:
-        """Cancels what still runs. Idempotent."""
-        self._is_closed = True
-        self._call.cancel()
-
-    async def aclose(self) -> None:
-        """Cancels what still runs. Idempotent."""
-        self.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cancel()
 
 
 class AsyncClient:
@@ -121,10 +73,18 @@ class AsyncClient:
         cache_salt: str = "",
         timeout: float | None = None,
         metadata: Metadata | None = None,
+        resume: bool = False,
         **sampling: Unpack[types.Sampling],
     ) -> AsyncGeneration:
-        """Streams the continuation of one prompt (text, messages or token ids) as chunks."""
+        """Streams the continuation of one prompt (text, messages or token ids) as chunks.
+
+        With `resume`, a broken connection or a server that dies is not seen: the generation goes on, here or on another
+        replica, with the very tokens that it would have had. `timeout` is then that of all calls together.
+        """
         request = self._request(prompt, messages, token_ids, model, label, cache_salt, sampling)
+        if resume:
+            progress = Progress(request, self._timeout if timeout is None else timeout)
+            return AsyncResumableGeneration(self._inference, partial(self._replica_options, metadata), progress)
         return AsyncGeneration(self._inference.Generate(request, **self._options(timeout, metadata)))
 
     async def complete(
@@ -269,6 +229,11 @@ class AsyncClient:
             "timeout": self._timeout if timeout is None else timeout,
             "metadata": connection.merge_metadata(self._metadata, metadata),
         }
+
+    def _replica_options(self, metadata: Metadata | None, timeout: float | None, replica: str) -> dict[str, Any]:
+        """Of a call that is to reach the replica of this name; "": any."""
+        pairs = connection.merge_metadata(self._metadata, metadata) or ()
+        return {"timeout": timeout, "metadata": (*pairs, (REPLICA_KEY, replica)) if replica else pairs or None}
 
     def _request(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 from headrace.client import types
 from headrace.v1 import inference_pb2 as pb
@@ -115,6 +116,29 @@ def to_finish(finish: pb.Finish) -> types.Finish:
         usage=to_usage(finish.usage),
         timing=to_timing(finish.timing),
         seed=finish.seed,
+        receipt=to_receipt(finish.receipt) if finish.HasField("receipt") else None,
+    )
+
+
+def to_receipt(receipt: pb.Receipt) -> types.Receipt:
+    """A receipt. Only parameters that were set appear in its sampling."""
+    sampling: dict[str, object] = {}
+    for field, value in receipt.sampling.ListFields():
+        if field.name == "logit_bias":
+            sampling[field.name] = dict(value)
+        else:
+            sampling[field.name] = value if isinstance(value, (int, float)) else list(value)
+    origin = receipt.origin
+    return types.Receipt(
+        model=receipt.model,
+        model_digest=origin.model_digest,
+        tokenizer_digest=origin.tokenizer_digest,
+        arithmetic=origin.arithmetic,
+        server_version=receipt.server_version,
+        prompt_hash=origin.prompt_hash,
+        sampling=cast(types.Sampling, sampling),
+        token_hash=receipt.token_hash,
+        generated_tokens=receipt.generated_tokens,
     )
 
 
@@ -127,6 +151,7 @@ def to_chunk(chunk: pb.GenerationChunk) -> types.Chunk:
         text=chunk.text,
         logprobs=to_logprobs(chunk.logprobs),
         finish=to_finish(chunk.finish) if chunk.HasField("finish") else None,
+        generation_id=chunk.generation_id,
     )
 
 

@@ -8,7 +8,8 @@ with Client("127.0.0.1:50051") as client:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,8 @@ import grpc
 from headrace.client import connection, convert, types
 from headrace.client.connection import Metadata
 from headrace.client.errors import HeadraceError, error_from_rpc, make_error
+from headrace.client.resume import REPLICA_KEY, Progress
+from headrace.client.sync_generation import Generation, ResumableGeneration
 from headrace.client.sync_session import Session
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
@@ -24,48 +27,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 T = TypeVar("T")
-
-
-class Generation:
-    """The chunks of one Generate call, as they come. Close it, or leave its `with` block, to free the server's work.
-
-    Raises HeadraceError from the iteration when the call fails.
-    """
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-        self._is_closed = False
-
-    def __iter__(self) -> Iterator[types.Chunk]:
-        return self
-
-    def __next__(self) -> types.Chunk:
-        if self._is_closed:
-            raise StopIteration
-        try:
-            response: pb.GenerateResponse = next(self._call)
-        except StopIteration:
-            self._is_closed = True
-            raise
-        except grpc.RpcError as error:
-            was_closed, self._is_closed = self._is_closed, True
-            if was_closed:  # closed by another thread while this one waited
-                raise StopIteration from None
-            raise error_from_rpc(error) from None
-        return convert.to_chunk(response.chunk)
-
-    def close(self) -> None:
-        """Cancels what still runs. Idempotent."""
-        self._is_closed = True
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Client:
@@ -110,10 +71,18 @@ class Client:
         cache_salt: str = "",
         timeout: float | None = None,
         metadata: Metadata | None = None,
+        resume: bool = False,
         **sampling: Unpack[types.Sampling],
     ) -> Generation:
-        """Streams the continuation of one prompt (text, messages or token ids) as chunks."""
+        """Streams the continuation of one prompt (text, messages or token ids) as chunks.
+
+        With `resume`, a broken connection or a server that dies is not seen: the generation goes on, here or on another
+        replica, with the very tokens that it would have had. `timeout` is then that of all calls together.
+        """
         request = self._request(prompt, messages, token_ids, model, label, cache_salt, sampling)
+        if resume:
+            progress = Progress(request, self._timeout if timeout is None else timeout)
+            return ResumableGeneration(self._inference, partial(self._replica_options, metadata), progress)
         return Generation(self._inference.Generate(request, **self._options(timeout, metadata)))
 
     def complete(
@@ -258,6 +227,11 @@ class Client:
             "timeout": self._timeout if timeout is None else timeout,
             "metadata": connection.merge_metadata(self._metadata, metadata),
         }
+
+    def _replica_options(self, metadata: Metadata | None, timeout: float | None, replica: str) -> dict[str, Any]:
+        """Of a call that is to reach the replica of this name; "": any."""
+        pairs = connection.merge_metadata(self._metadata, metadata) or ()
+        return {"timeout": timeout, "metadata": (*pairs, (REPLICA_KEY, replica)) if replica else pairs or None}
 
     def _request(
         self,

@@ -84,8 +84,25 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Receipt:
+    """How a generation can be made again and checked (`headrace replay`). Hashes are SHA-256, hexadecimal; those of
+    tokens are over 4 bytes an id, little-endian. `sampling` holds the parameters in force, seed and max_tokens too."""
+
+    model: str
+    model_digest: str
+    tokenizer_digest: str
+    arithmetic: str  # back end, version and precision: what else decides the bits of the logits
+    server_version: str
+    prompt_hash: str
+    sampling: Sampling
+    token_hash: str
+    generated_tokens: int
+
+
+@dataclass(frozen=True)
 class Finish:
-    """How a generation ended. `stop_string` is empty and `stop_token_id` None where none matched."""
+    """How a generation ended. `stop_string` is empty and `stop_token_id` None where none matched. `receipt` is None
+    where a session changed the generation while it ran."""
 
     reason: FinishReason
     stop_string: str
@@ -93,11 +110,13 @@ class Finish:
     usage: Usage
     timing: Timing
     seed: int
+    receipt: Receipt | None = None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one generation produced in one engine step; `finish` is set in its last chunk only."""
+    """What one generation produced in one engine step; `finish` is set in its last chunk only. `generation_id` is the
+    server's own; where the client resumed, a later one may differ from the first."""
 
     index: int
     offset: int
@@ -105,6 +124,7 @@ class Chunk:
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
+    generation_id: str = ""
 
 
 @dataclass(frozen=True)

@@ -315,6 +315,24 @@ TenantHeader = Annotated[
         help="Metadata key that names the tenant, set by a proxy you trust; they get fair shares. Unset: one tenant.",
     ),
 ]
+SessionIdleTimeout = Annotated[
+    float,
+    typer.Option(
+        "--session-idle-timeout",
+        envvar="HEADRACE_SESSION_IDLE_TIMEOUT",
+        rich_help_panel=_TIMES,
+        help="A session in which nothing runs and nothing is asked for is ended after that. 0: never.",
+    ),
+]
+ConversationLease = Annotated[
+    float,
+    typer.Option(
+        "--conversation-lease",
+        envvar="HEADRACE_CONVERSATION_LEASE",
+        rich_help_panel=_TIMES,
+        help="How long a conversation's KV stays cached after a turn, unless memory is short.",
+    ),
+]
 LameDuck = Annotated[
     float,
     typer.Option(
