@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +61,16 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], what: str, seco
 class Replica:
     """One `headrace serve`. `start` it, then `kill`, `terminate` or `stop` it; it can be started again."""
 
-    def __init__(self, number: int, model: Path, folder: Path, options: Sequence[str]) -> None:
+    def __init__(
+        self, number: int, model: Path, folder: Path, options: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
         self.number = number
         self.port = free_port()
         self.num_starts = 0
         self._model = model
         self._log = folder / f"replica{number}.log"
         self._options = tuple(options)
+        self._environment = {**os.environ, **environment}
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -94,7 +97,11 @@ class Replica:
         command += ["--model", str(self._model), "--port", str(self.port), "--threads", "1", *self._options]
         with open(self._log, "ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=log
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env=self._environment,
             )
         assert self._process.stdout is not None
         line = await asyncio.wait_for(self._process.stdout.readline(), PATIENCE)
@@ -232,12 +239,19 @@ class Fleet:
 
 @asynccontextmanager
 async def start(
-    num_replicas: int, model: Path, folder: Path, options: Sequence[str] = (), *, adapt: Adapt | None = None
+    num_replicas: int,
+    model: Path,
+    folder: Path,
+    options: Sequence[str] = (),
+    *,
+    adapt: Adapt | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Fleet]:
     """A fleet, ready and healthy; everything is killed at the end. adapt: changes Envoy's configuration (the parsed
-    deploy/envoy/envoy.yaml, its ports and hosts set) before Envoy starts."""
+    deploy/envoy/envoy.yaml, its ports and hosts set) before Envoy starts. environment: more variables for the
+    replicas."""
     folder.mkdir(parents=True, exist_ok=True)
-    replicas = tuple(Replica(number, model, folder, options) for number in range(num_replicas))
+    replicas = tuple(Replica(number, model, folder, options, environment or {}) for number in range(num_replicas))
     async with AsyncExitStack() as stack:
         for replica in replicas:
             stack.push_async_callback(replica.stop)

@@ -6,6 +6,7 @@ The SDK reads the usual OTEL_* variables by itself: endpoint, headers, sampler, 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
 from headrace.server import metrics, telemetry
@@ -16,7 +17,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 log = logging.getLogger("headrace.server")
 
-_LAST_WORDS_MILLISECONDS = 2000
+_LAST_WORDS_SECONDS = 3.0
 
 
 def start(service_version: str, *, traces: bool, otlp_metrics: bool, host: str, port: int) -> Callable[[], None]:
@@ -33,31 +34,35 @@ def start(service_version: str, *, traces: bool, otlp_metrics: bool, host: str, 
         readers.append(reader)
         stops.append(stop)
     if readers:
-        provider = MeterProvider(metric_readers=readers, resource=resource)
+        provider = MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
         metrics.install(provider)
-        stops.append(lambda: provider.shutdown(_LAST_WORDS_MILLISECONDS))
+        stops.append(provider.shutdown)
 
     def stop_all() -> None:
-        metrics.install(None)
         for stop in reversed(stops):
             stop()
 
-    return stop_all
+    def stop_in_time() -> None:
+        """An exporter with a dead collector tries again for a minute, whatever time-out it is given; a server that
+        ends does not wait for that."""
+        metrics.install(None)
+        thread = threading.Thread(target=stop_all, name="telemetry-stop", daemon=True)
+        thread.start()
+        thread.join(_LAST_WORDS_SECONDS)
+        if thread.is_alive():
+            log.warning("the collector does not answer: the last spans and metrics are lost")
+
+    return stop_in_time
 
 
 def _start_traces(resource: Resource) -> Callable[[], None]:
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    provider = TracerProvider(resource=resource)
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     telemetry.use_provider(provider)
-
-    def stop() -> None:
-        provider.force_flush(_LAST_WORDS_MILLISECONDS)
-        provider.shutdown()
-
-    return stop
+    return provider.shutdown  # sends what is left
 
 
 def _otlp_reader() -> MetricReader:
