@@ -127,13 +127,6 @@ WAIVERS = (
     Waiver(
         "attention/prefill/head-dim-80 attention/prefill/head-dim-96", "prefill_kernel", "hip:gfx942", "wide", _OPEN_AMD
     ),
-    Waiver(
-        "rms_norm/plain/*",
-        "_rms_norm_kernel",
-        "cuda:80",
-        "spill",
-        "one pair of registers, stored and loaded once a program: ptxas stops at 40 registers for occupancy's sake",
-    ),
 )  # fmt: skip
 
 
