@@ -34,9 +34,18 @@ def spans() -> Iterator[InMemorySpanExporter]:
     provider.shutdown()
 
 
+def _named(spans: InMemorySpanExporter, name: str) -> list[Any]:
+    return [span for span in spans.get_finished_spans() if span.name == name]
+
+
 async def _span(spans: InMemorySpanExporter) -> Any:
-    await until(lambda: len(spans.get_finished_spans()) == 1)
-    (span,) = spans.get_finished_spans()
+    """The span of the RPC."""
+
+    def servers() -> list[Any]:
+        return [span for span in spans.get_finished_spans() if span.kind == SpanKind.SERVER]
+
+    await until(lambda: len(servers()) == 1)
+    (span,) = servers()
     spans.clear()
     return span
 
@@ -88,3 +97,51 @@ async def test_probes_leave_no_spans(counting: Bench, spans: InMemorySpanExporte
     await stub.Check(health_pb2.HealthCheckRequest())
     await drained(counting.stub.Generate(tokens_request()))
     assert (await _span(spans)).name == "text_completion tiny"
+
+
+async def test_what_happened_inside_hangs_below_the_call(counting: Bench, spans: InMemorySpanExporter) -> None:
+    """Queue, prefill and decode follow one another; the steps of it are traces of their own, linked both ways."""
+    await drained(counting.stub.Generate(tokens_request(range(3, 200), max_tokens=6)))
+    await until(lambda: bool(_named(spans, "decode") and _named(spans, "text_completion tiny")))
+    (call,) = _named(spans, "text_completion tiny")
+    parts = [_named(spans, name) for name in ("queue", "prefill", "decode", "detokenize")]
+    (queue,), prefills, (decode,), (detokenize,) = parts
+    for part in (queue, *prefills, decode, detokenize):
+        assert part.parent.span_id == call.context.span_id
+        assert call.start_time <= part.start_time <= part.end_time
+    assert sum(part.attributes["headrace.tokens"] for part in prefills) == 197
+    assert abs(queue.end_time - prefills[0].start_time) < 1e9
+    assert prefills[-1].end_time == pytest.approx(decode.start_time, abs=1000)
+    assert [event.name for event in decode.events] == ["first_token"]
+    assert decode.attributes["headrace.tokens"] == 6
+    steps = {span.context.span_id: span for span in _named(spans, "engine.step")}
+    (link,) = prefills[0].links
+    step = steps[link.context.span_id]
+    assert step.parent is None
+    assert [shared.context.span_id for shared in step.links] == [call.context.span_id]
+    assert step.attributes["headrace.step.tokens"] == prefills[0].attributes["headrace.tokens"]
+
+
+async def test_two_in_one_step_are_both_linked(counting: Bench, spans: InMemorySpanExporter) -> None:
+    await drained(counting.stub.Generate(tokens_request(n=2, max_tokens=6)))
+    await until(lambda: len(_named(spans, "decode")) == 2)
+    assert any(
+        len(step.links) == 2 and step.attributes["headrace.step.sequences"] == 2
+        for step in _named(spans, "engine.step")
+    )
+
+
+async def test_a_prompt_of_text_has_a_span_for_its_tokens(counting: Bench, spans: InMemorySpanExporter) -> None:
+    request = tokens_request(max_tokens=1)
+    request.prompt.CopyFrom(chat_prompt("CANARY"))
+    await drained(counting.stub.Generate(request))
+    await until(lambda: bool(_named(spans, "chat tiny")))
+    assert _named(spans, "tokenize")[0].parent.span_id == _named(spans, "chat tiny")[0].context.span_id
+    assert not any("CANARY" in span.to_json() for span in spans.get_finished_spans())
+
+
+async def test_a_caller_who_does_not_sample_gets_no_spans(counting: Bench, spans: InMemorySpanExporter) -> None:
+    metadata = (("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-00"),)
+    await drained(counting.stub.Generate(tokens_request(), metadata=metadata))
+    await drained(counting.stub.Generate(tokens_request(max_tokens=3)))
+    assert (await _span(spans)).attributes["gen_ai.request.max_tokens"] == 3
