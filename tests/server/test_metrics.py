@@ -126,7 +126,10 @@ async def test_prometheus_scrapes(counting: Bench) -> None:
     families = {family.name: family for family in text_string_to_metric_families(page)}
     running = families["headrace_engine_sequences"].samples[0]
     assert running.labels == {"gen_ai_request_model": "tiny", "state": "running"}
-    assert "headrace_engine_kv_blocks_used" in families
+    blocks = {sample.labels["state"]: sample.value for sample in families["headrace_engine_kv_blocks"].samples}
+    assert set(blocks) == {"used", "pinned", "cached", "free"}
+    assert min(blocks.values()) >= 0
+    assert sum(blocks.values()) == (await counting.stats()).num_total_blocks
     with pytest.raises(OSError, match=r"refused"):
         _scrape(port)
 

@@ -158,6 +158,7 @@ class Engine:
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_free_blocks=scheduler.blocks.num_free,
+            num_cached_blocks=len(scheduler.blocks.evictable),
             num_total_blocks=self.config.num_blocks - 1,
             num_preemptions=scheduler.num_preemptions,
             num_prefix_queries=scheduler.num_prefix_queries,

@@ -134,4 +134,5 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_host_blocks: int = 0
     num_free_host_blocks: int = 0
     num_pinned_blocks: int = 0  # of the free blocks, those that hold what conversations may come back to
+    num_cached_blocks: int = 0  # of the free blocks, those that only the prefix cache knows
     num_pins_lost: int = 0  # conversations whose blocks were needed before their lease ended

@@ -39,7 +39,6 @@ _GAUGES = (
         "Sequences in the engine by state.",
         (("running", "num_running"), ("waiting", "num_waiting"), ("parked", "num_parked")),
     ),
-    ("headrace.engine.kv_blocks", "{block}", "All KV blocks of the pool.", (("", "num_total_blocks"),)),
     ("headrace.engine.host_kv_blocks", "{block}", "KV blocks of the host pool.", (("", "num_host_blocks"),)),
 )
 _COUNTERS = (
@@ -47,6 +46,12 @@ _COUNTERS = (
     ("headrace.engine.step_failures", "{step}", "Steps in which the executor failed.", "num_step_failures"),
     ("headrace.engine.preemptions", "{preemption}", "Sequences that lost their KV blocks.", "num_preemptions"),
     ("headrace.engine.swaps", "{preemption}", "Preemptions that kept the KV in host memory.", "num_swapped_out"),
+    (
+        "headrace.engine.pins_lost",
+        "{conversation}",
+        "Conversations whose KV was needed before its lease ended.",
+        "num_pins_lost",
+    ),
     ("headrace.prefix_cache.queries", "{token}", "Prompt tokens looked up in the prefix cache.", "num_prefix_queries"),
     ("headrace.prefix_cache.hits", "{token}", "Prompt tokens found in the prefix cache.", "num_prefix_hits"),
 )
@@ -184,9 +189,7 @@ def step_ended(model: str, record: StepRecord) -> None:
 def _observe_engines(meter: Meter) -> None:
     for name, unit, description, states in _GAUGES:
         meter.create_observable_gauge(name, [_gauge(states)], unit, description)
-    meter.create_observable_gauge(
-        "headrace.engine.kv_blocks.used", [_used_blocks], "{block}", "KV blocks that sequences hold."
-    )
+    meter.create_observable_gauge("headrace.engine.kv_blocks", [_blocks], "{block}", "KV blocks of the pool by state.")
     for name, unit, description, field in _COUNTERS:
         meter.create_observable_counter(name, [_counter(field)], unit, description)
     meter.create_observable_counter(
@@ -219,9 +222,17 @@ def _counter(field: str) -> Callable[[CallbackOptions], Iterable[Observation]]:
     return read
 
 
-def _used_blocks(_: CallbackOptions) -> Iterable[Observation]:
+def _blocks(_: CallbackOptions) -> Iterable[Observation]:
+    """used: of sequences; pinned: of conversations; cached: of the prefix cache alone; free: of nobody."""
     for attributes, stats in _each():
-        yield Observation(stats.num_total_blocks - stats.num_free_blocks, attributes)
+        counts = {
+            "used": stats.num_total_blocks - stats.num_free_blocks,
+            "pinned": stats.num_pinned_blocks,
+            "cached": stats.num_cached_blocks,
+            "free": stats.num_free_blocks - stats.num_pinned_blocks - stats.num_cached_blocks,
+        }
+        for state, count in counts.items():
+            yield Observation(count, {**attributes, "state": state})
 
 
 def _restarts(_: CallbackOptions) -> Iterable[Observation]:
