@@ -61,7 +61,7 @@ def _run(claim: Claim, stage: Stage) -> bool:
     start = time.monotonic()
     try:
         verdict = asyncio.run(_limited(claim, stage))
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         traceback.print_exc(limit=8)
         verdict = Verdict({"error": f"{type(error).__name__}: {error}"[:300]}, passed=False)
     seconds = round(time.monotonic() - start, 1)

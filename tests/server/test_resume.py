@@ -193,7 +193,7 @@ async def test_messages_are_kept_for_the_retention_and_within_the_bytes(tiny_lla
 
         await until(is_gone)
     async with bench(tiny_llama_gguf, scripted_engine.command(), resume_bytes=60_000) as server:
-        runs = [await drained(server.stub.Generate(_resumable(max_tokens=100))) for _ in range(4)]
+        runs = [await drained(server.stub.Generate(_resumable(max_tokens=100, logprobs=20))) for _ in range(4)]
         assert _chunks(await drained(_resume(server, runs[-1], 0))) == _chunks(runs[-1])
         assert (await failure(drained(_resume(server, runs[0], 0)))).reason == "GENERATION_UNKNOWN"
 

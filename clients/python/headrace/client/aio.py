@@ -21,7 +21,7 @@ from headrace.client.aio_generation import AsyncGeneration, AsyncResumableGenera
 from headrace.client.aio_session import AsyncSession
 from headrace.client.connection import Metadata
 from headrace.client.errors import HeadraceError, error_from_rpc, make_error
-from headrace.client.resume import REPLICA_KEY, Progress
+from headrace.client.resume import CANCEL_SECONDS, REPLICA_KEY, Progress
 from headrace.v1 import inference_pb2 as pb
 from headrace.v1 import inference_pb2_grpc, models_pb2, models_pb2_grpc
 
@@ -61,6 +61,7 @@ class AsyncClient:
         self._model = model
         self._metadata = metadata
         self._timeout = timeout
+        self._cancels: set[asyncio.Future[None]] = set()
 
     def generate(
         self,
@@ -84,7 +85,9 @@ class AsyncClient:
         request = self._request(prompt, messages, token_ids, model, label, cache_salt, sampling)
         if resume:
             progress = Progress(request, self._timeout if timeout is None else timeout)
-            return AsyncResumableGeneration(self._inference, partial(self._replica_options, metadata), progress)
+            return AsyncResumableGeneration(
+                self._inference, partial(self._replica_options, metadata), progress, self._cancels
+            )
         return AsyncGeneration(self._inference.Generate(request, **self._options(timeout, metadata)))
 
     async def complete(
@@ -211,6 +214,8 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Closes the connection; what still runs on it is cancelled. Idempotent."""
+        if self._cancels:
+            await asyncio.wait(self._cancels, timeout=CANCEL_SECONDS)
         await self._channel.close(grace=None)
 
     async def __aenter__(self) -> Self:

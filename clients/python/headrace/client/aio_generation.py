@@ -21,8 +21,6 @@ from headrace.v1 import inference_pb2 as pb
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_cancels: set[asyncio.Task[None]] = set()  # tasks that nobody waits for must be held by somebody
-
 
 class AsyncGeneration:
     """The chunks of one Generate call, as they come. Close it, or leave its `async with` block, to free the server's
@@ -86,7 +84,9 @@ class AsyncResumableGeneration(AsyncGeneration):
     Raises HeadraceError from the iteration when nothing helps any more.
     """
 
-    def __init__(self, stub: Any, options: Options, progress: Progress) -> None:
+    def __init__(self, stub: Any, options: Options, progress: Progress, cancels: set[asyncio.Future[None]]) -> None:
+        """cancels: holds the tasks that tell the server of a cancellation; the client waits for them when it closes."""
+        self._cancels = cancels
         self._stub = stub
         self._options = options
         self._progress = progress
@@ -127,8 +127,8 @@ class AsyncResumableGeneration(AsyncGeneration):
         self._call.cancel()
         if not was_closed and self._progress.generation_id and not self._progress.is_finished:
             task = asyncio.ensure_future(self._tell())
-            _cancels.add(task)
-            task.add_done_callback(_cancels.discard)
+            self._cancels.add(task)
+            task.add_done_callback(self._cancels.discard)
 
     async def _took(self, chunk: pb.GenerationChunk) -> types.Chunk:
         progress = self._progress
@@ -156,5 +156,5 @@ class AsyncResumableGeneration(AsyncGeneration):
     async def _tell(self) -> None:
         """Cancel it on the server: the end of the call alone does not. Where that fails, its time of grace ends it."""
         request = pb.CancelRequest(generation_id=self._progress.generation_id)
-        with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
+        with contextlib.suppress(grpc.RpcError, grpc.aio.UsageError):
             await self._stub.Cancel(request, **self._options(CANCEL_SECONDS, self._progress.replica))

@@ -22,7 +22,7 @@ from headrace.v1 import inference_pb2 as pb
 REPLICA_KEY = "headrace-replica"
 MAX_ATTEMPTS = 8  # failures in a row without a new message
 _FIRST_BACKOFF, _MAX_BACKOFF = 0.1, 5.0  # seconds; the first try again comes at once
-CANCEL_SECONDS = 5.0
+CANCEL_SECONDS = 2.0  # for telling a server that a generation is not wanted any more
 
 # What says that a connection, a proxy or a server broke, not the request. Envoy reports a killed server as INTERNAL,
 # without a reason of ours.

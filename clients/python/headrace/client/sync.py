@@ -59,6 +59,7 @@ class Client:
         self._model = model
         self._metadata = metadata
         self._timeout = timeout
+        self._cancels: set[Any] = set()
 
     def generate(
         self,
@@ -82,7 +83,9 @@ class Client:
         request = self._request(prompt, messages, token_ids, model, label, cache_salt, sampling)
         if resume:
             progress = Progress(request, self._timeout if timeout is None else timeout)
-            return ResumableGeneration(self._inference, partial(self._replica_options, metadata), progress)
+            return ResumableGeneration(
+                self._inference, partial(self._replica_options, metadata), progress, self._cancels
+            )
         return Generation(self._inference.Generate(request, **self._options(timeout, metadata)))
 
     def complete(
@@ -209,6 +212,8 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection; what still runs on it is cancelled. Idempotent."""
+        for telling in list(self._cancels):
+            telling.exception()  # waits; a failure is nobody's business any more
         self._channel.close()
 
     def __enter__(self) -> Self:

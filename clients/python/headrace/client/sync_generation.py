@@ -75,7 +75,9 @@ class ResumableGeneration(Generation):
     Raises HeadraceError from the iteration when nothing helps any more.
     """
 
-    def __init__(self, stub: Any, options: Options, progress: Progress) -> None:
+    def __init__(self, stub: Any, options: Options, progress: Progress, cancels: set[Any]) -> None:
+        """cancels: holds the calls that tell the server of a cancellation; the client waits for them when it closes."""
+        self._cancels = cancels
         self._stub = stub
         self._options = options
         self._progress = progress
@@ -119,7 +121,9 @@ class ResumableGeneration(Generation):
         progress = self._progress
         if not was_closed and progress.generation_id and not progress.is_finished:
             request = pb.CancelRequest(generation_id=progress.generation_id)
-            self._stub.Cancel.future(request, **self._options(CANCEL_SECONDS, progress.replica))
+            telling = self._stub.Cancel.future(request, **self._options(CANCEL_SECONDS, progress.replica))
+            self._cancels.add(telling)
+            telling.add_done_callback(self._cancels.discard)
 
     def _took(self, chunk: pb.GenerationChunk) -> types.Chunk:
         progress = self._progress
