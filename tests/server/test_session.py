@@ -10,93 +10,37 @@ import pytest
 from headrace.v1 import inference_pb2 as pb
 
 from tests.server import scripted_engine
-from tests.server.support import PATIENCE, Bench, bench, chat_prompt, drained, failure, ids_of, tokens_request, until
+from tests.server.support import Bench, bench, chat_prompt, drained, failure, ids_of, tokens_request, until
+from tests.server.talk import Talk, chunks, finish
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-class Talk:
-    """A client's end of a session that sorts events by generation."""
-
-    def __init__(self, server: Bench) -> None:
-        self.call = server.stub.Session()
-
-    async def send(self, **command: Any) -> None:
-        await self.call.write(pb.SessionRequest(**command))
-
-    async def start(self, generation_id: str, request: pb.GenerateRequest, conversation_id: str = "") -> None:
-        start = pb.SessionStart(generation_id=generation_id, request=request, conversation_id=conversation_id)
-        await self.send(start=start)
-
-    async def append(self, generation_id: str, conversation_id: str, content: str, **sampling: Any) -> None:
-        message = pb.ChatMessage(role=pb.ROLE_USER, content=content)
-        append = pb.SessionAppend(generation_id=generation_id, conversation_id=conversation_id, messages=[message])
-        if sampling:
-            append.sampling.CopyFrom(pb.SamplingParams(**sampling))
-        await self.send(append=append)
-
-    async def event(self) -> pb.SessionResponse:
-        event = await asyncio.wait_for(self.call.read(), PATIENCE)
-        assert event is not grpc.aio.EOF
-        return event
-
-    async def until_ended(self, *generation_ids: str) -> dict[str, list[pb.SessionResponse]]:
-        """Events by generation until these have ended (by a finish or an error)."""
-        events: dict[str, list[pb.SessionResponse]] = {}
-        waiting = set(generation_ids)
-        while waiting:
-            event = await self.event()
-            name = getattr(event, event.WhichOneof("event")).generation_id
-            events.setdefault(name, []).append(event)
-            if event.HasField("error") or event.chunk.chunk.HasField("finish"):
-                waiting.discard(name)
-        return events
-
-    async def error(self) -> pb.SessionError:
-        event = await self.event()
-        assert event.HasField("error"), event
-        return event.error
-
-    async def end(self) -> None:
-        """Half-close; the server must end the stream with OK."""
-        await self.call.done_writing()
-        assert await asyncio.wait_for(self.call.read(), PATIENCE) is grpc.aio.EOF
-        assert await self.call.code() == grpc.StatusCode.OK
-
-
-def _chunks(events: list[pb.SessionResponse]) -> list[pb.GenerateResponse]:
-    return [pb.GenerateResponse(chunk=event.chunk.chunk) for event in events if event.HasField("chunk")]
-
-
-def _finish(events: list[pb.SessionResponse]) -> pb.Finish:
-    return events[-1].chunk.chunk.finish
-
-
 async def test_generations_are_multiplexed_and_say_when_they_start(counting: Bench) -> None:
-    talk = Talk(counting)
+    talk = Talk(counting.stub)
     for index in range(10):
         await talk.start(f"g{index}", tokens_request([20 + index], max_tokens=30))
     events = await talk.until_ended(*(f"g{index}" for index in range(10)))
     for index in range(10):
         first, *_, last = events[f"g{index}"]
         assert first.started.prompt_tokens == 1
-        assert ids_of(_chunks(events[f"g{index}"])) == list(range(21 + index, 51 + index))
+        assert ids_of(chunks(events[f"g{index}"])) == list(range(21 + index, 51 + index))
         assert last.chunk.chunk.finish.reason == pb.FINISH_REASON_LENGTH
     await talk.end()
 
 
-async def test_half_close_lets_what_runs_finish(counting: Bench) -> None:
-    talk = Talk(counting)
+async def test_half_close_lets_what_runsfinish(counting: Bench) -> None:
+    talk = Talk(counting.stub)
     await talk.start("a", tokens_request(max_tokens=300))
     await talk.call.done_writing()
     events = await talk.until_ended("a")
-    assert len(ids_of(_chunks(events["a"]))) == 300
+    assert len(ids_of(chunks(events["a"]))) == 300
     assert await talk.call.read() is grpc.aio.EOF
 
 
 async def test_cancelling_the_stream_stops_everything_in_the_engine(tiny_llama_gguf: Any) -> None:
     async with bench(tiny_llama_gguf, scripted_engine.command(step_seconds=0.02)) as server:
-        talk = Talk(server)
+        talk = Talk(server.stub)
         for index in range(5):
             await talk.start(f"g{index}", tokens_request([20 + index] * 40, max_tokens=400))
         await until(lambda: _is_running(server, 5))
@@ -112,16 +56,16 @@ async def _is_running(server: Bench, count: int) -> bool:
 
 async def test_a_cancelled_generation_ends_and_its_neighbour_goes_on(tiny_llama_gguf: Any) -> None:
     async with bench(tiny_llama_gguf, scripted_engine.command(step_seconds=0.005)) as server:
-        talk = Talk(server)
+        talk = Talk(server.stub)
         await talk.start("stay", tokens_request([20], max_tokens=60))
         await talk.start("go", tokens_request([120], max_tokens=400))
         while (await talk.event()).chunk.generation_id != "go":
             pass
         await talk.send(cancel=pb.SessionCancel(generation_id="go"))
         events = await talk.until_ended("go", "stay")
-        assert _finish(events["go"]).reason == pb.FINISH_REASON_CANCELLED
-        assert _finish(events["go"]).usage.generated_tokens < 60
-        assert _finish(events["stay"]).usage.generated_tokens == 60
+        assert finish(events["go"]).reason == pb.FINISH_REASON_CANCELLED
+        assert finish(events["go"]).usage.generated_tokens < 60
+        assert finish(events["stay"]).usage.generated_tokens == 60
         await talk.send(cancel=pb.SessionCancel(generation_id="go"))
         assert (await talk.error()).reason == "GENERATION_NOT_FOUND"
         await talk.end()
@@ -129,34 +73,34 @@ async def test_a_cancelled_generation_ends_and_its_neighbour_goes_on(tiny_llama_
 
 async def test_max_tokens_can_be_changed_while_it_runs(tiny_llama_gguf: Any) -> None:
     async with bench(tiny_llama_gguf, scripted_engine.command(step_seconds=0.005)) as server:
-        talk = Talk(server)
+        talk = Talk(server.stub)
         await talk.start("short", tokens_request([20], max_tokens=400))
         await talk.start("long", tokens_request([120], max_tokens=30))
         await talk.send(update=pb.SessionUpdate(generation_id="short", max_tokens=40))
         await talk.send(update=pb.SessionUpdate(generation_id="long", max_tokens=50))
         events = await talk.until_ended("short", "long")
         for name, count in (("short", 40), ("long", 50)):
-            assert _finish(events[name]).reason == pb.FINISH_REASON_LENGTH
-            assert _finish(events[name]).usage.generated_tokens == count
+            assert finish(events[name]).reason == pb.FINISH_REASON_LENGTH
+            assert finish(events[name]).usage.generated_tokens == count
         await talk.end()
 
 
 async def test_max_tokens_below_what_is_generated_ends_it_at_once(tiny_llama_gguf: Any) -> None:
     async with bench(tiny_llama_gguf, scripted_engine.command(step_seconds=0.005)) as server:
-        talk = Talk(server)
+        talk = Talk(server.stub)
         await talk.start("a", tokens_request([20], max_tokens=400))
         seen = 0
         while seen < 10:
             seen += len((await talk.event()).chunk.chunk.token_ids)
         await talk.send(update=pb.SessionUpdate(generation_id="a", max_tokens=3))
         events = await talk.until_ended("a")
-        assert _finish(events["a"]).reason == pb.FINISH_REASON_LENGTH
-        assert 10 <= _finish(events["a"]).usage.generated_tokens < 100
+        assert finish(events["a"]).reason == pb.FINISH_REASON_LENGTH
+        assert 10 <= finish(events["a"]).usage.generated_tokens < 100
         await talk.end()
 
 
 async def test_ping_goes_through_the_engine(counting: Bench) -> None:
-    talk = Talk(counting)
+    talk = Talk(counting.stub)
     await talk.send(ping=pb.SessionPing(nonce=2**64 - 1))
     first = (await talk.event()).pong
     await talk.start("a", tokens_request(max_tokens=9))
@@ -171,18 +115,18 @@ async def test_ping_goes_through_the_engine(counting: Bench) -> None:
 async def test_a_conversation_goes_on_from_the_very_tokens_the_engine_has_cached(tiny: Bench) -> None:
     """The second turn's prompt is the first turn's tokens, the answer's tokens and the template's delta, in this
     order."""
-    talk = Talk(tiny)
+    talk = Talk(tiny.stub)
     request = pb.GenerateRequest(prompt=chat_prompt("Tell me about the wheel. " * 6))
     request.sampling.CopyFrom(pb.SamplingParams(max_tokens=20, seed=3, temperature=1.0))
     await talk.start("turn-1", request, "chat")
     first = (await talk.until_ended("turn-1"))["turn-1"]
-    answer = ids_of(_chunks(first))
+    answer = ids_of(chunks(first))
     prompt = list((await tiny.stub.Tokenize(pb.TokenizeRequest(prompt=request.prompt))).token_ids)
     assert first[0].started.prompt_tokens == len(prompt)
 
     await talk.append("turn-2", "chat", "And the mill?")
     second = (await talk.until_ended("turn-2"))["turn-2"]
-    usage = _finish(second).usage
+    usage = finish(second).usage
     known = len(prompt) + len(answer)
     # All full blocks of what has been computed are found; the last token was sampled but never computed.
     assert usage.cached_prompt_tokens == (known - 1) // 16 * 16
@@ -200,7 +144,7 @@ async def test_a_conversation_goes_on_from_the_very_tokens_the_engine_has_cached
 
 async def test_an_answer_that_ended_by_itself_is_closed_once(counting: Bench) -> None:
     """The end token is part of the answer and of the template's text; the next prompt must hold it once."""
-    talk = Talk(counting)
+    talk = Talk(counting.stub)
     request = pb.GenerateRequest(prompt=chat_prompt("hi"), sampling=pb.SamplingParams(max_tokens=8, temperature=0))
     prompt = list((await counting.stub.Tokenize(pb.TokenizeRequest(prompt=request.prompt))).token_ids)
     # Counting from the prompt's last token: stop at the fourth one.
@@ -212,7 +156,7 @@ async def test_an_answer_that_ended_by_itself_is_closed_once(counting: Bench) ->
     request.sampling.stop_token_ids.append(expected[3])
     await talk.start("a", request, "chat")
     events = (await talk.until_ended("a"))["a"]
-    assert ids_of(_chunks(events)) == expected
+    assert ids_of(chunks(events)) == expected
     spoken = "".join(event.chunk.chunk.text for event in events)
     await talk.append("b", "chat", "ho", max_tokens=1, temperature=0.0)
     second = (await talk.until_ended("b"))["b"]
@@ -227,7 +171,7 @@ async def test_an_answer_that_ended_by_itself_is_closed_once(counting: Bench) ->
 
 async def test_a_failed_turn_can_be_asked_again(tiny_llama_gguf: Any) -> None:
     async with bench(tiny_llama_gguf, scripted_engine.command(), default_deadline=0.5, num_blocks=64) as server:
-        talk = Talk(server)
+        talk = Talk(server.stub)
         request = pb.GenerateRequest(prompt=chat_prompt("hi"), sampling=pb.SamplingParams(max_tokens=4, temperature=0))
         await talk.start("a", request, "chat")
         first = (await talk.until_ended("a"))["a"]
@@ -242,7 +186,7 @@ async def test_a_failed_turn_can_be_asked_again(tiny_llama_gguf: Any) -> None:
 
 
 async def test_failed_commands_are_events_and_the_stream_goes_on(counting: Bench) -> None:
-    talk = Talk(counting)
+    talk = Talk(counting.stub)
     first = pb.GenerateRequest(prompt=chat_prompt("hi"), sampling=pb.SamplingParams(max_tokens=1))
     await talk.start("busy", first, "c")
     await talk.until_ended("busy")
@@ -283,13 +227,13 @@ async def test_failed_commands_are_events_and_the_stream_goes_on(counting: Bench
     await refused("GENERATION_NOT_FOUND", update=pb.SessionUpdate(generation_id="nothing", max_tokens=5))
     await refused("INVALID_REQUEST", "update.max_tokens", update=pb.SessionUpdate(generation_id="nothing"))
     await talk.start("last", ok)
-    assert _finish((await talk.until_ended("last"))["last"]).reason == pb.FINISH_REASON_LENGTH
+    assert finish((await talk.until_ended("last"))["last"]).reason == pb.FINISH_REASON_LENGTH
     await talk.end()
 
 
 async def test_ids_in_use_are_refused_and_free_again_afterwards(tiny_llama_gguf: Any) -> None:
     async with bench(tiny_llama_gguf, scripted_engine.command(step_seconds=0.005)) as server:
-        talk = Talk(server)
+        talk = Talk(server.stub)
         chat = pb.GenerateRequest(prompt=chat_prompt("hi"), sampling=pb.SamplingParams(max_tokens=100, ignore_eos=True))
         await talk.start("a", chat, "c")
         await talk.start("a", tokens_request())
@@ -309,7 +253,7 @@ async def test_ids_in_use_are_refused_and_free_again_afterwards(tiny_llama_gguf:
 async def test_a_session_holds_so_many_generations_and_conversations(tiny_llama_gguf: Any) -> None:
     settings = {"max_generations_per_session": 2, "max_conversations_per_session": 1}
     async with bench(tiny_llama_gguf, scripted_engine.command(step_seconds=0.005), **settings) as server:
-        talk = Talk(server)
+        talk = Talk(server.stub)
         for name in ("a", "b", "c"):
             await talk.start(name, tokens_request(max_tokens=60))
         events = await talk.until_ended("a", "b", "c")
