@@ -71,7 +71,7 @@ class ServerConfig:
     tenant_header: str = ""  # metadata key that names the tenant, as a trusted proxy sets it; "": one tenant
     max_generations_per_session: int = 64
     max_conversations_per_session: int = 64
-    conversation_lease: float = 300.0  # how long the KV of a conversation stays cached after a turn; 0: no longer than any
+    conversation_lease: float = 300.0  # how long the KV of a conversation stays cached after a turn
 
     # Time.
     default_deadline: float = 600.0  # for calls without one
