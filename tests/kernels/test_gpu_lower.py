@@ -182,3 +182,25 @@ def test_fp8_is_refused_where_it_cannot_be_multiplied() -> None:
     assert "int8" in problem_of("fp8", (8, 0), "A100")
     for fine in (("fp8", (8, 9)), ("fp8", None), ("int8", (8, 0)), ("none", (8, 0))):
         assert problem_of(fine[0], fine[1], "GPU") == ""
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_products_prepare_the_norm_that_comes_next(tiny_models: TinyModels, architecture: str) -> None:
+    """Only two norms are left to those who read them: after the embedding, and after rows were gathered."""
+    model = load_model(tiny_models.gguf(architecture))
+    program = lower(model.program, forms_of(model))
+    products = [op for op in program.ops if isinstance(op, Product)]
+    assert sum(op.norm is not None for op in products) == 2
+    assert sum(op.squares is not None for op in products) == 2 * len(program.kv) - 1  # the output head is one
+    assert sum(op.next_norm is not None for op in products) == 2 * len(program.kv) - 1
+    kept = lower(model.program, forms_of(model), LowerOptions(has_next_norm=False))
+    assert not any(isinstance(op, Product) and (op.next_norm or op.squares) for op in kept.ops)
+    np.testing.assert_allclose(logits(model, kept), logits(model, None), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_of_what_has_changed_is_not_prepared(tiny_models: TinyModels) -> None:
+    """Gemma norms a product before it is added: what the next norm sees is the sum."""
+    model = load_model(tiny_models.gguf("gemma3"))
+    program = lower(model.program, forms_of(model))
+    assert not any(isinstance(op, Product) and op.next_norm for op in program.ops)
+    assert sum(isinstance(op, Product) and op.norm is not None for op in program.ops) == 2 * len(program.kv) + 1

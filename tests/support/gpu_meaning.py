@@ -84,6 +84,9 @@ def _product(op: gpu.Product, number: int, program: gpu.GpuProgram, original: St
         yield Linear(target, x, source, bias)
         if op.residual is not None:
             yield Add(op.out, op.residual, target)
+    if op.next_norm is not None:
+        width = next(buffer.width for buffer in program.buffers if buffer.name == op.out)
+        yield RmsNorm(op.next_norm.normed, op.out, op.next_norm.weight, op.next_norm.eps, width)
     if op.rope_kv is not None:
         yield from _rope(op.rope_kv)
 

@@ -8,7 +8,8 @@ from functools import partial
 
 import torch
 from headrace.kernels.linear.config import LinearConfig
-from headrace.kernels.linear.epilogue import RopeKvEpilogue
+from headrace.kernels.linear.epilogue import NextNorm, RopeKvEpilogue
+from headrace.kernels.linear.layout import SQUARES_COLUMNS
 from headrace.kernels.linear.triton import QUANTIZED, linear
 
 from tests.gpu.aot.cases import Case
@@ -27,12 +28,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Matrix:
-    """One product of a layer: n x k, and what is fused around it."""
+    """One product of a layer: n x k, and what is fused around it. has_norm: the product before has prepared it, and
+    this one finishes it; has_residual: this one prepares the next. has_prologue: a norm that nobody prepared."""
 
     name: str
     n: int
     k: int
     has_norm: bool = False
+    has_prologue: bool = False
     is_gated: bool = False
     has_residual: bool = False
     is_head: bool = False
@@ -52,17 +55,22 @@ def matrices(model: ModelShape) -> tuple[Matrix, ...]:
 def multiply(
     target: Target, *, matrix: Matrix, kind: str, rows: int, config: LinearConfig | None = None, bias: bool = False
 ) -> None:
-    """One product of `rows` rows. Quantised activations (w8a8, fp8) come with their scales, and so without the norm."""
+    """One product of `rows` rows. Quantised activations (w8a8, fp8) come with their scales, and so without a norm: one
+    of its own has quantised them."""
     packed = weight(kind, matrix.n, matrix.k, is_gated=matrix.is_gated)
     quantized = QUANTIZED.get(packed.kind)
     x = meta(rows, matrix.k, dtype=packed.dtype if quantized is None else quantized)
     scale_shape = (rows, -(-matrix.k // 128)) if kind == "fp8_block" else (rows,)
     out = meta(rows, packed.out_features, dtype=torch.float32 if matrix.is_head else packed.dtype)
+    is_wide = quantized is None
+    following = NextNorm(meta(matrix.n, dtype=torch.float32), meta(rows, matrix.n), squares_of(rows, matrix.n))
     linear(
         x,
         packed,
         out,
-        norm=(meta(matrix.k, dtype=torch.float32), 1e-5) if matrix.has_norm and quantized is None else None,
+        norm=(meta(matrix.k, dtype=torch.float32), 1e-5) if matrix.has_prologue else None,
+        squares=(squares_of(rows, matrix.k), 1e-5) if matrix.has_norm and is_wide else None,
+        next_norm=following if matrix.has_residual and is_wide else None,
         bias=meta(matrix.n, dtype=torch.float32) if bias else None,
         residual=out if matrix.has_residual else None,
         activation="silu" if matrix.is_gated else None,
@@ -71,6 +79,10 @@ def multiply(
         workspace=meta(1 << 30, dtype=torch.uint8),
         config=config,
     )
+
+
+def squares_of(rows: int, columns: int) -> torch.Tensor:
+    return meta(rows, -(-columns // SQUARES_COLUMNS), dtype=torch.float32)
 
 
 def epilogue(model: ModelShape, rows: int) -> RopeKvEpilogue:
@@ -104,6 +116,13 @@ def cases() -> Iterator[Case]:
                     unit = "int8" if kind == "w8a8" else "float"
                     name = f"linear/{kind}/{model.name}/{matrix.name}/{rows}"
                     yield Case(name, call, unit, runs_on, is_quick)
+
+    # Where nobody prepares the norm: after an embedding, after a gather of rows, between Gemma's norms.
+    for kind in ("int4-g32z", "dense"):
+        matrix = Matrix("norm-gate-up", 2 * LLAMA_8B.ffn, LLAMA_8B.hidden, has_prologue=True, is_gated=True)
+        for rows in (16, 2048):
+            call = partial(multiply, matrix=matrix, kind=kind, rows=rows)
+            yield Case(f"linear/{kind}/{LLAMA_8B.name}/{matrix.name}/{rows}", call, "float", _any)
 
 
 def _any(target: Target) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.kernels.gpu.names import names_of, replace_ops
+from headrace.kernels.gpu.next_norm import prepare_norms
 from headrace.kernels.gpu.ops import (
     Attention,
     Embed,
@@ -46,10 +47,12 @@ from headrace.kernels.program import Embed as ProgramEmbed
 
 @dataclass(frozen=True)
 class LowerOptions:
-    """Which fusions are made. has_norm_prologue: norms inside the products that read them. has_rope_epilogue: rotary
-    embedding and KV write inside the product of q, k and v (power-of-two head_dim only)."""
+    """Which fusions are made. has_norm_prologue: norms inside the products that read them. has_next_norm: or, where
+    that can be, begun by the product before and ended by the one that reads them. has_rope_epilogue: rotary embedding
+    and KV write inside the product of q, k and v (power-of-two head_dim only)."""
 
     has_norm_prologue: bool = True
+    has_next_norm: bool = True
     has_rope_epilogue: bool = True
 
 
@@ -300,6 +303,10 @@ def _quantize_inputs(program: GpuProgram, forms: Forms, options: LowerOptions) -
     return quantize_inputs(program, forms)
 
 
+def _prepare_norms(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuProgram:
+    return prepare_norms(program) if options.has_next_norm else program
+
+
 def drop_unused(program: GpuProgram, forms: Forms, options: LowerOptions) -> GpuProgram:
     """Buffers and views that no op names any more need no memory."""
     used = {name for op in program.ops for name in (*reads(op), *writes(op))}
@@ -318,6 +325,7 @@ REWRITES: tuple[Rewrite, ...] = (
     fuse_rope_epilogue,
     _select_early,
     _quantize_inputs,
+    _prepare_norms,
     drop_unused,
 )
 

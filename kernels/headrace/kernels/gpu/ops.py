@@ -74,6 +74,17 @@ class NormPrologue:
 
 
 @dataclass(frozen=True)
+class NextNorm:
+    """RmsNorm(weight, eps) of a product's output, prepared by it: `normed` gets out * weight, `squares` the sums of
+    squares from which those who read `normed` make each row's factor."""
+
+    normed: str
+    squares: str
+    weight: str
+    eps: float
+
+
+@dataclass(frozen=True)
 class Embed:
     """out[t] = table[token_ids[t]] * scale. table: the name of a PackSpec."""
 
@@ -140,7 +151,8 @@ class Product:
 
     matrix: the name of a PackSpec. x_scale: scales of rows in 8 bits. bias: vectors that together are as long as the
     matrix has rows, or (). residual may be `out`. rope_kv: the product's columns are q, k and v; what stays in `out` is
-    q, turned; k and v go to the KV blocks and their columns of `out` may hold anything afterwards.
+    q, turned; k and v go to the KV blocks and their columns of `out` may hold anything afterwards. squares, eps: x is
+    what a NextNorm calls `normed`. next_norm: the norm of `out` that it prepares.
     """
 
     out: str
@@ -152,6 +164,9 @@ class Product:
     activation: Activation | None = None
     rope_kv: RopeKv | None = None
     x_scale: str | None = None
+    squares: str | None = None
+    eps: float = 0.0
+    next_norm: NextNorm | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +229,7 @@ def reads(op: GpuOp) -> tuple[str, ...]:
     if isinstance(op, Embed):
         return ()
     if isinstance(op, Product):
-        return tuple(name for name in (op.x, op.x_scale, op.residual) if name is not None)
+        return tuple(name for name in (op.x, op.x_scale, op.squares, op.residual) if name is not None)
     if isinstance(op, RopeKv):
         return tuple(name for name in (op.q, op.k, op.v) if name is not None)
     if isinstance(op, Attention):
@@ -232,6 +247,8 @@ def writes(op: GpuOp) -> tuple[str, ...]:
         return tuple(name for name in (op.q, op.k) if name is not None)
     if isinstance(op, (Norm, QuantizeRows, QuantizeGated)):
         return (op.out,) if op.out_scale is None else (op.out, op.out_scale)
+    if isinstance(op, Product) and op.next_norm is not None:
+        return (op.out, op.next_norm.normed, op.next_norm.squares)
     return (op.x,) if isinstance(op, SoftCap) else (op.out,)
 
 
@@ -239,10 +256,11 @@ def describe(op: GpuOp) -> str:
     """One line for logs, profiles and the launch audit."""
     if isinstance(op, Product):
         parts = [f"{op.x} @ {op.matrix}"]
-        parts += ["norm"] if op.norm else []
+        parts += ["norm"] if op.norm or op.squares else []
         parts += ["bias"] if op.bias else []
         parts += [op.activation] if op.activation else []
         parts += ["rope_kv"] if op.rope_kv else []
         parts += ["residual"] if op.residual else []
+        parts += ["next norm"] if op.next_norm else []
         return f"product {' + '.join(parts)} -> {op.out}"
     return f"{type(op).__name__.lower()} {', '.join(reads(op))} -> {', '.join(writes(op))}"

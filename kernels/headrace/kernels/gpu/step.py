@@ -19,6 +19,7 @@ from headrace.kernels.gpu.ops import (
     Embed,
     GpuOp,
     GpuProgram,
+    NextNorm,
     Norm,
     Product,
     QuantizeGated,
@@ -31,6 +32,7 @@ from headrace.kernels.gpu.shape import StepLimits, StepShape
 from headrace.kernels.gpu.staging import DeviceBatch
 from headrace.kernels.gpu.triton_tokens import resolve_tokens
 from headrace.kernels.gpu.weights import DeviceWeights
+from headrace.kernels.linear.epilogue import NextNorm as ProductsNextNorm
 from headrace.kernels.linear.epilogue import RopeKvEpilogue
 from headrace.kernels.linear.triton import linear
 from headrace.kernels.program import Add, GatedActivation, SelectRows, SoftCap
@@ -145,9 +147,15 @@ class StepRunner:
             activation=op.activation,
             rope_kv=None if op.rope_kv is None else self._epilogue(op.rope_kv, shape),
             x_scale=x_scale,
+            squares=None if op.squares is None else (self._tensor(op.squares, shape), op.eps),
+            next_norm=None if op.next_norm is None else self._next_norm(op.next_norm, shape),
             workspace=self._launching.linear_workspace,
             config=self._launching.linear_config(op.matrix, len(x)),
         )
+
+    def _next_norm(self, op: NextNorm, shape: StepShape) -> ProductsNextNorm:
+        weight = self._weights.vectors[op.weight]
+        return ProductsNextNorm(weight, self._tensor(op.normed, shape), self._tensor(op.squares, shape))
 
     def _epilogue(self, op: RopeKv, shape: StepShape) -> RopeKvEpilogue:
         assert op.q is not None

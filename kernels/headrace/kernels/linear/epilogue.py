@@ -1,10 +1,12 @@
-"""What the product of q, k and v does with its heads: the arguments of `triton.linear`'s rope_kv. Imports no triton."""
+"""What products do with what they have computed, as arguments of `triton.linear`: the heads of q, k and v (rope_kv),
+the norm that comes next (next_norm). Imports no triton."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from headrace.kernels.linear.layout import SQUARES_COLUMNS
 
 QUANTIZED_CACHES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 
@@ -62,3 +64,32 @@ class RopeKvEpilogue:
                 raise ValueError(f"linear: k_scale and v_scale go with a quantised cache, this is {self.k_cache.dtype}")
             if scale is not None and (scale.shape != (self.num_kv_heads,) or scale.dtype != torch.float32):
                 raise ValueError(f"linear: scale of a cache {list(scale.shape)}: want float32 [{self.num_kv_heads}]")
+
+
+@dataclass(frozen=True, eq=False)
+class NextNorm:
+    """What a product prepares of the norm of its output, for the products that read it (their x and `squares`).
+
+    weight: [N] in a float type. normed: [M, N], gets out * weight; weight is rounded to out's type first. squares:
+    float32 [M, ceil(N / 32)], gets the sums of squares of out, as stored, over 32 columns each.
+    """
+
+    weight: torch.Tensor
+    normed: torch.Tensor
+    squares: torch.Tensor
+
+    def check(self, out: torch.Tensor) -> None:
+        """Raises ValueError where this does not fit the product's output."""
+        m, n = out.shape
+        if self.normed.shape != (m, n) or self.normed.dtype != out.dtype or self.normed.stride(1) != 1:
+            raise ValueError(f"linear: normed {list(self.normed.shape)} {self.normed.dtype}: want it like out")
+        if self.weight.shape != (n,) or self.weight.stride(0) != 1 or not self.weight.is_floating_point():
+            raise ValueError(f"linear: weight of the next norm {list(self.weight.shape)}: want [{n}] of a float type")
+        check_squares("squares of the next norm", self.squares, m, n)
+
+
+def check_squares(name: str, squares: torch.Tensor, m: int, columns: int) -> None:
+    """Raises ValueError unless these are float32 [m, a sum for each 32 columns], dense along a row."""
+    want = (m, -(-columns // SQUARES_COLUMNS))
+    if squares.shape != want or squares.dtype != torch.float32 or squares.stride(1) != 1:
+        raise ValueError(f"linear: {name} {list(squares.shape)} {squares.dtype}: want float32 {list(want)}")

@@ -16,6 +16,9 @@ GATE_ROWS = 8  # a gated matrix alternates 8 rows of gate, 8 of up: one thread o
 PLANES = {"int4": 4, "int8": 2}
 GROUP_SIZES = (16, 32, 64, 128)  # larger ones, multiples of 128, are stored as groups of 128
 
+# Columns whose squares are summed where they are computed (`epilogue.NextNorm`); the fewest rows of a tile there.
+SQUARES_COLUMNS = 32
+
 # Chunks of K that are summed on their own and then added in order: programs of their own where rows are few. Enough
 # of them for every SM of a large GPU to hold several programs of 32 rows; two blocks a chunk at least.
 SPLIT_ROWS = 32

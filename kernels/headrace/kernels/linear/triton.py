@@ -6,17 +6,17 @@ many rows the norm is a launch of its own, with the same bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from headrace.kernels.linear.config import LinearConfig, default_config, for_heads
-from headrace.kernels.linear.epilogue import RopeKvEpilogue
-from headrace.kernels.linear.layout import PLANES
+from headrace.kernels.linear.epilogue import NextNorm, RopeKvEpilogue, check_squares
+from headrace.kernels.linear.layout import PLANES, SQUARES_COLUMNS
 from headrace.kernels.linear.pack import PackedLinear
+from headrace.kernels.linear.triton_arguments import flags_of, row_scale_of, tail_of
 from headrace.kernels.linear.triton_direct import direct_kernel
-from headrace.kernels.linear.triton_heads import HAS_CACHE_SCALE, HAS_HEAD_NORM, HAS_ROTATION, Heads
 from headrace.kernels.linear.triton_norm import norm_rows_kernel
 from headrace.kernels.linear.triton_packed import packed_kernel
 
@@ -47,7 +47,7 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class _Operands:
+class Operands:
     """The tensors of one launch."""
 
     x: torch.Tensor
@@ -61,6 +61,8 @@ class _Operands:
     counters: torch.Tensor | None
     activation: str | None
     rope_kv: RopeKvEpilogue | None
+    squares: tuple[torch.Tensor, float] | None
+    next_norm: NextNorm | None
 
 
 def cut(weight: PackedLinear, m: int, config: LinearConfig) -> Tiles:
@@ -101,6 +103,8 @@ def linear(
     activation: str | None = None,
     rope_kv: RopeKvEpilogue | None = None,
     x_scale: torch.Tensor | None = None,
+    squares: tuple[torch.Tensor, float] | None = None,
+    next_norm: NextNorm | None = None,
     workspace: torch.Tensor | None = None,
     config: LinearConfig | None = None,
 ) -> None:
@@ -113,6 +117,8 @@ def linear(
     (where they must be finite), what is divided is not. bias: [weight.shape[0]] in the order of the sources.
     residual: as out, which it may be. activation: "silu" or "gelu_tanh" exactly when the weight is gated:
     act(gate) * up. rope_kv: instead of residual and activation; `out` then gets q, its other columns are not written.
+    squares: (those of a NextNorm, eps): x is what it calls `normed`, instead of norm. next_norm: prepare the norm of
+    out; not with an activation or rope_kv.
     workspace: uint8, `workspace_bytes`, 16-byte aligned, zero before its first use; None where none is needed.
     """
     m = x.shape[0]
@@ -123,6 +129,15 @@ def linear(
         if residual is not None or activation is not None:
             raise ValueError("linear: rope_kv leaves no room for a residual or an activation")
         config = for_heads(config, weight.kind, rope_kv.head_dim)
+    if squares is not None:
+        if norm is not None or x_scale is not None or weight.kind == "fp8_block":
+            raise ValueError("linear: squares stand in for a norm, of x that is not quantised, and not with fp8_block")
+        check_squares("squares", squares[0], m, x.shape[1])
+    if next_norm is not None:
+        if activation is not None or rope_kv is not None:
+            raise ValueError("linear: next_norm is of a product without activation and rope_kv")
+        next_norm.check(out)
+        config = replace(config, block_n=max(config.block_n, SQUARES_COLUMNS))
     if m == 0:
         return
     tiles = cut(weight, m, config)
@@ -140,7 +155,9 @@ def linear(
     if workspace is not None and norm_weight is not None and m > PROLOGUE_ROWS:
         x, x_scale = _norm_rows(x, weight, norm_weight, eps, tiles, workspace[:need])
         norm_weight = None
-    operands = _Operands(x, out, norm_weight, eps, bias, residual, x_scale, partials, counters, activation, rope_kv)
+    operands = Operands(
+        x, out, norm_weight, eps, bias, residual, x_scale, partials, counters, activation, rope_kv, squares, next_norm
+    )
     if weight.kind in PLANES:
         _launch_packed(operands, weight, tiles, config)
     else:
@@ -183,9 +200,9 @@ def _norm_rows(
     return normed, factors
 
 
-def _launch_packed(operands: _Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> None:
+def _launch_packed(operands: Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> None:
     layout = weight.blocks
-    x, out, residual, heads = operands.x, operands.out, operands.residual, _heads(operands.rope_kv)
+    x, out, residual, heads = operands.x, operands.out, operands.residual, tail_of(operands)
     packed_kernel[(tiles.programs,)](
         x,
         weight.tensors["words"],
@@ -196,7 +213,7 @@ def _launch_packed(operands: _Operands, weight: PackedLinear, tiles: Tiles, conf
         operands.bias,
         residual,
         heads,
-        operands.x_scale,
+        row_scale_of(operands),
         operands.partials,
         operands.counters,
         x.shape[0],
@@ -217,10 +234,10 @@ def _launch_packed(operands: _Operands, weight: PackedLinear, tiles: Tiles, conf
     )
 
 
-def _launch_direct(operands: _Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> None:
+def _launch_direct(operands: Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> None:
     block_k = weight.blocks.block_k
     x, out, residual, x_scale = operands.x, operands.out, operands.residual, operands.x_scale
-    heads = _heads(operands.rope_kv)
+    heads, row_scale = tail_of(operands), row_scale_of(operands)
     values, scales = weight.tensors["weight"], weight.tensors.get("scales")
     if values.dtype == torch.float8_e4m3fn and x.dtype != torch.float8_e4m3fn:
         values = values.view(torch.uint8)
@@ -232,7 +249,7 @@ def _launch_direct(operands: _Operands, weight: PackedLinear, tiles: Tiles, conf
         operands.bias,
         residual,
         heads,
-        x_scale,
+        row_scale,
         scales,
         operands.partials,
         operands.counters,
@@ -257,7 +274,7 @@ def _launch_direct(operands: _Operands, weight: PackedLinear, tiles: Tiles, conf
     )
 
 
-def _common(operands: _Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> dict[str, Any]:
+def _common(operands: Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> dict[str, Any]:
     """The constants and launch parameters that both kernels take."""
     block_k = weight.blocks.block_k
     rope_kv = operands.rope_kv
@@ -270,48 +287,11 @@ def _common(operands: _Operands, weight: PackedLinear, tiles: Tiles, config: Lin
         "GROUP_N": config.group_n,
         "EVEN_K": weight.shape[1] % block_k == 0,
         "ACTIVATION": operands.activation,
-        "HEAD_FLAGS": 0 if rope_kv is None else _head_flags(rope_kv),
+        "HEAD_FLAGS": flags_of(operands),
         "HEAD_BLOCK_SIZE": 1 if rope_kv is None else rope_kv.k_cache.shape[2],
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-
-
-def _heads(rope_kv: RopeKvEpilogue | None) -> Heads | None:
-    if rope_kv is None:
-        return None
-    absent = rope_kv.positions
-    return Heads(
-        k_cache=rope_kv.k_cache,
-        v_cache=rope_kv.v_cache,
-        positions=rope_kv.positions,
-        slot_mapping=rope_kv.slot_mapping,
-        inv_freq=absent if rope_kv.inv_freq is None else rope_kv.inv_freq,
-        attention_factor=rope_kv.attention_factor,
-        q_norm=absent if rope_kv.q_norm is None else rope_kv.q_norm,
-        k_norm=absent if rope_kv.k_norm is None else rope_kv.k_norm,
-        eps=rope_kv.eps,
-        k_scale=absent if rope_kv.k_scale is None else rope_kv.k_scale,
-        v_scale=absent if rope_kv.v_scale is None else rope_kv.v_scale,
-        num_heads=rope_kv.num_heads,
-        num_kv_heads=rope_kv.num_kv_heads,
-        null_block=rope_kv.k_cache.shape[0] - 1,
-        stride_kb=rope_kv.k_cache.stride(0),
-        stride_kh=rope_kv.k_cache.stride(1),
-        stride_ks=rope_kv.k_cache.stride(2),
-        stride_vb=rope_kv.v_cache.stride(0),
-        stride_vh=rope_kv.v_cache.stride(1),
-        stride_vs=rope_kv.v_cache.stride(2),
-    )
-
-
-def _head_flags(rope_kv: RopeKvEpilogue) -> int:
-    present = (
-        (HAS_ROTATION, rope_kv.inv_freq),
-        (HAS_HEAD_NORM, rope_kv.q_norm),
-        (HAS_CACHE_SCALE, rope_kv.k_scale),
-    )
-    return sum(int(flag.value) for flag, tensor in present if tensor is not None)
 
 
 def _has_ptx() -> bool:

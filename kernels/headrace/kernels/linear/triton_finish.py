@@ -5,7 +5,13 @@
 import triton
 import triton.language as tl
 from headrace.kernels.linear.triton_heads import finish_head
-from headrace.kernels.linear.triton_tile import add_chunks, finish_tile, keep_chunk
+from headrace.kernels.linear.triton_next_norm import (
+    HAS_NEXT_NORM,
+    HAS_SQUARES,
+    factor_of_rows,
+    finish_and_norm,
+)
+from headrace.kernels.linear.triton_tile import add_chunks, finish_tile, keep_chunk, scale_rows
 
 
 @triton.jit
@@ -39,7 +45,8 @@ def finish(
     HEAD_BLOCK_SIZE: tl.constexpr,
 ):
     """acc: float32 [BLOCK_N, BLOCK_M], sums over this program's chunk, or all of K unless SPLIT_GRID. squares:
-    [BLOCK_M], likewise. w_scale: float32 [num_rows] or None. HEAD_FLAGS: `triton_heads.HAS_*`."""
+    [BLOCK_M], likewise. x_scale: float32 [M], RowSquares, or None. w_scale: float32 [num_rows] or None. heads: Heads,
+    NextNormOut, or None. HEAD_FLAGS: `triton_heads.HAS_*` and `triton_next_norm.HAS_*`."""
     if SPLIT_GRID:
         tile = tile_n * num_m + tile_m
         before = keep_chunk(acc, squares, partials, counters, tile, chunk, SPLITS, HAS_NORM)
@@ -84,13 +91,21 @@ def _write(
     if w_scale is not None:
         row = first_row + tl.arange(0, acc.shape[0])
         acc = acc * tl.load(w_scale + row, mask=row < num_rows, other=0.0)[:, None]
-    if heads is None:
+    if HAS_SQUARES & HEAD_FLAGS:
+        acc = acc * factor_of_rows(x_scale, first_m, M, K, acc.shape[1])[None, :]
+    else:
+        acc = scale_rows(acc, squares, x_scale, first_m, M, K, eps, HAS_NORM)
+    if HAS_NEXT_NORM & HEAD_FLAGS:
+        finish_and_norm(
+            acc, out, residual, bias, heads, first_row, first_m, M, num_rows, stride_out, stride_residual,
+        )  # fmt: skip
+    elif heads is None:
         finish_tile(
-            acc, squares, x_scale, out, residual, bias, first_row, first_m, M, K, num_rows, out_features,
-            stride_out, stride_residual, eps, ACTIVATION, HAS_NORM,
+            acc, squares, None, out, residual, bias, first_row, first_m, M, K, num_rows, out_features,
+            stride_out, stride_residual, eps, ACTIVATION, False,
         )  # fmt: skip
     else:
         finish_head(
-            acc, squares, x_scale, out, bias, heads, tile_n, first_m, M, K, num_rows, stride_out, eps,
-            HAS_NORM, HEAD_FLAGS, HEAD_BLOCK_SIZE,
+            acc, squares, None, out, bias, heads, tile_n, first_m, M, K, num_rows, stride_out, eps,
+            False, HEAD_FLAGS, HEAD_BLOCK_SIZE,
         )  # fmt: skip
