@@ -36,6 +36,7 @@ EXPORTED = [
     "ServerError",
     "Session",
     "SessionGeneration",
+    "StopConditions",
     "Timing",
     "TokenAlternative",
     "TokenLogprob",
@@ -63,7 +64,7 @@ def test_sync_and_asyncio_take_the_same_arguments() -> None:
         ours = inspect.signature(getattr(headrace.client.Client, sync)).parameters
         theirs = inspect.signature(getattr(headrace.client.AsyncClient, aio)).parameters
         assert ours == theirs, sync
-    for name in ("start", "append", "cancel", "update", "ping", "drain"):
+    for name in ("start", "append", "interrupt", "pause", "resume", "grant", "cancel", "update", "ping", "drain"):
         ours = inspect.signature(getattr(headrace.client.Session, name)).parameters
         assert ours == inspect.signature(getattr(headrace.client.AsyncSession, name)).parameters, name
 

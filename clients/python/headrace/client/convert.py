@@ -20,6 +20,7 @@ _REASONS: dict[int, types.FinishReason] = {
     pb.FINISH_REASON_LENGTH: "length",
     pb.FINISH_REASON_CANCELLED: "cancelled",
     pb.FINISH_REASON_ERROR: "error",
+    pb.FINISH_REASON_INTERRUPTED: "interrupted",
 }
 _STATES: dict[int, types.ModelState] = {
     models_pb2.MODEL_STATE_LOADING: "loading",
@@ -83,6 +84,26 @@ def make_append(conversation: str, messages: str | types.Messages, sampling: typ
         messages=make_messages(turns),
         sampling=make_sampling(sampling) if sampling else None,
     )
+
+
+def make_update(
+    generation_id: str, max_tokens: int | None, stop_conditions: types.StopConditions | None
+) -> pb.SessionRequest:
+    """An update command; without a change it is a TypeError."""
+    if max_tokens is None and stop_conditions is None:
+        raise TypeError("give max_tokens, stop_conditions or both")
+    command = pb.SessionUpdate(generation_id=generation_id, max_tokens=max_tokens)
+    if stop_conditions is not None:
+        unknown = set(stop_conditions) - types.StopConditions.__optional_keys__
+        if unknown:
+            raise TypeError(f"unknown stop conditions: {', '.join(sorted(unknown))}")
+        command.stop_conditions.CopyFrom(pb.StopConditions(**stop_conditions))
+    return pb.SessionRequest(update=command)
+
+
+def make_interrupt(generation_id: str, heard_tokens: int | None) -> pb.SessionRequest:
+    """An interrupt command."""
+    return pb.SessionRequest(interrupt=pb.SessionInterrupt(generation_id=generation_id, heard_tokens=heard_tokens))
 
 
 def to_logprobs(entries: Iterable[pb.TokenLogprob]) -> tuple[types.TokenLogprob, ...]:

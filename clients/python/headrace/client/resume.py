@@ -21,6 +21,7 @@ from headrace.v1 import inference_pb2 as pb
 # back, it leads Resume and Cancel to the replica that has the generation.
 REPLICA_KEY = "headrace-replica"
 MAX_ATTEMPTS = 8  # failures in a row without a new message
+_MAX_RESUMES = 3  # of those, calls of Resume; then with the tokens held
 _FIRST_BACKOFF, _MAX_BACKOFF = 0.1, 5.0  # seconds; the first try again comes at once
 CANCEL_SECONDS = 2.0  # for telling a server that a generation is not wanted any more
 
@@ -64,7 +65,7 @@ class Progress:
         self._origin: pb.Origin | None = None
         self._num_failures = 0
         self._is_resuming = False
-        self._may_resume = True
+        self._num_resumes = 0  # tries since the last message
 
     def first(self) -> pb.GenerateRequest:
         """The first call."""
@@ -85,7 +86,7 @@ class Progress:
             self._origin = chunk.origin
         self.is_finished = chunk.HasField("finish")
         self._num_failures = 0
-        self._may_resume = True
+        self._num_resumes = 0
 
     def broken_off(self) -> HeadraceError:
         """What it is when a stream ends without a finish."""
@@ -100,10 +101,11 @@ class Progress:
         self._num_failures += 1
         if self._num_failures >= MAX_ATTEMPTS:
             raise error
-        if self._is_resuming or error.reason == "ENGINE_RESTARTED":
-            self._may_resume = False  # one try; then with what is held
+        if is_not_kept or error.reason:  # it is gone, or its server would say so
+            self._num_resumes = _MAX_RESUMES
         self.num_resumed += 1
-        self._is_resuming = bool(self._may_resume and self.generation_id)
+        self._is_resuming = bool(self.generation_id) and self._num_resumes < _MAX_RESUMES
+        self._num_resumes += self._is_resuming
         return Ask(self._next_request(), 0.0 if is_not_kept else self._delay(error))
 
     def _next_request(self) -> pb.GenerateRequest | pb.ResumeRequest:

@@ -55,9 +55,26 @@ class SessionGeneration:
         """Asks for an early end: the last chunk then says `finish.reason == "cancelled"`."""
         self._session.cancel(self.id)
 
-    def update(self, *, max_tokens: int) -> None:
-        """Changes the limit of generated tokens, counted from the generation's start."""
-        self._session.update(self.id, max_tokens=max_tokens)
+    def interrupt(self, heard_tokens: int | None = None) -> None:
+        """Cuts it short within a step, `finish.reason == "interrupted"`; its conversation goes on from the first
+        `heard_tokens` of its tokens, or from all that were sent."""
+        self._session.interrupt(self.id, heard_tokens)
+
+    def pause(self) -> None:
+        """Stands still from the next step on, with its deadline running. Pausing again changes nothing."""
+        self._session.pause(self.id)
+
+    def resume(self) -> None:
+        """Goes on after a pause, token for token as without it. Changes nothing where it is not paused."""
+        self._session.resume(self.id)
+
+    def grant(self, tokens: int) -> None:
+        """Lets a generation that was started with `credit` send so many tokens more."""
+        self._session.grant(self.id, tokens)
+
+    def update(self, *, max_tokens: int | None = None, stop_conditions: types.StopConditions | None = None) -> None:
+        """Changes the limit of generated tokens, counted from the generation's start, or all stop conditions."""
+        self._session.update(self.id, max_tokens=max_tokens, stop_conditions=stop_conditions)
 
     def close(self) -> None:
         """Cancels the generation if it still runs. Idempotent."""
@@ -97,13 +114,15 @@ class Session:
         messages: types.Messages | None = None,
         token_ids: Sequence[int] | None = None,
         conversation: str = "",
+        credit: int | None = None,
         generation_id: str | None = None,
         model: str | None = None,
         label: str = "",
         cache_salt: str = "",
         **sampling: Unpack[types.Sampling],
     ) -> SessionGeneration:
-        """Starts a generation. With a `conversation` name and messages, `append` can go on with it later."""
+        """Starts a generation. With a `conversation` name and messages, `append` can go on with it later. With `credit`
+        it sends so many tokens and then waits for `grant`."""
         request = convert.make_generate(
             convert.make_prompt(prompt, messages, token_ids),
             sampling,
@@ -112,7 +131,9 @@ class Session:
             cache_salt=cache_salt,
         )
         generation = self._open(generation_id)
-        command = pb.SessionStart(generation_id=generation.id, request=request, conversation_id=conversation)
+        command = pb.SessionStart(
+            generation_id=generation.id, request=request, conversation_id=conversation, credit_tokens=credit
+        )
         self._commands.put(pb.SessionRequest(start=command))
         return generation
 
@@ -121,6 +142,7 @@ class Session:
         conversation: str,
         messages: str | types.Messages,
         *,
+        credit: int | None = None,
         generation_id: str | None = None,
         **sampling: Unpack[types.Sampling],
     ) -> SessionGeneration:
@@ -131,20 +153,43 @@ class Session:
         command = convert.make_append(conversation, messages, sampling)
         generation = self._open(generation_id)
         command.generation_id = generation.id
+        if credit is not None:
+            command.credit_tokens = credit
         self._commands.put(pb.SessionRequest(append=command))
         return generation
 
     def cancel(self, generation_id: str) -> None:
         """Cancels a generation; one that has ended is left alone."""
-        if self._router.is_running(generation_id):
-            self._commands.put(pb.SessionRequest(cancel=pb.SessionCancel(generation_id=generation_id)))
+        self._tell(generation_id, pb.SessionRequest(cancel=pb.SessionCancel(generation_id=generation_id)))
 
-    def update(self, generation_id: str, *, max_tokens: int) -> None:
-        """Changes a running generation's limit; a refusal goes to `on_command_error`."""
-        if not self._router.is_running(generation_id):
-            return
-        command = pb.SessionUpdate(generation_id=generation_id, max_tokens=max_tokens)
-        self._commands.put(pb.SessionRequest(update=command))
+    # What follows changes a running generation; a refusal goes to `on_command_error`, one that has ended is left alone.
+
+    def interrupt(self, generation_id: str, heard_tokens: int | None = None) -> None:
+        """As SessionGeneration.interrupt."""
+        self._tell(generation_id, convert.make_interrupt(generation_id, heard_tokens))
+
+    def pause(self, generation_id: str) -> None:
+        """As SessionGeneration.pause."""
+        self._tell(generation_id, pb.SessionRequest(pause=pb.SessionPause(generation_id=generation_id)))
+
+    def resume(self, generation_id: str) -> None:
+        """As SessionGeneration.resume."""
+        self._tell(generation_id, pb.SessionRequest(resume=pb.SessionResume(generation_id=generation_id)))
+
+    def grant(self, generation_id: str, tokens: int) -> None:
+        """As SessionGeneration.grant."""
+        command = pb.SessionCredit(generation_id=generation_id, tokens=tokens)
+        self._tell(generation_id, pb.SessionRequest(credit=command))
+
+    def update(
+        self,
+        generation_id: str,
+        *,
+        max_tokens: int | None = None,
+        stop_conditions: types.StopConditions | None = None,
+    ) -> None:
+        """As SessionGeneration.update."""
+        self._tell(generation_id, convert.make_update(generation_id, max_tokens, stop_conditions))
 
     def ping(self, timeout: float = 10.0) -> types.Pong:
         """Measures the way to the engine and back. Raises DeadlineExceededError after `timeout` seconds."""
@@ -183,6 +228,10 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _tell(self, generation_id: str, command: pb.SessionRequest) -> None:
+        if self._router.is_running(generation_id):
+            self._commands.put(command)
 
     def _open(self, generation_id: str | None) -> SessionGeneration:
         generation = SessionGeneration(self)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 Role = Literal["system", "user", "assistant", "tool"]
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error", "interrupted"]
 ModelState = Literal["loading", "ready", "failed", "draining"]
 
 
@@ -34,6 +34,14 @@ class Sampling(TypedDict, total=False):
     logprobs: int  # alternatives per token, 0 to 20
     n: int  # generations of the same prompt, 1 to 16
     include_stop: bool
+
+
+class StopConditions(TypedDict, total=False):
+    """When a generation stops, of those of Sampling; what is absent is empty or False."""
+
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
 
 
 @dataclass(frozen=True)
