@@ -1,4 +1,4 @@
-"""`headrace chat`, at a terminal and in a pipe. The engine counts; what matters is what is kept, cancelled and left."""
+"""`headrace chat`, at a terminal and in a pipe. The engine counts; what matters is what is kept, cut and left."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_a_conversation_at_a_terminal(live_server: LiveServer, tmp_path: Path) -
         person.expect("you>")
         person.type("first question\r")
         person.expect("#$%&")  # the counting engine says all of ASCII
-        person.type("\x03")  # Ctrl-C: cancels the answer ...
-        person.expect("(cancelled)")
+        person.type("\x03")  # Ctrl-C: interrupts the answer ...
+        person.expect("(interrupted)")
         person.expect("you>")  # ... and keeps the session
         assert live_server.stats()["calls"] == 1
         person.type("half a line\x03")  # at the prompt it clears the line
@@ -44,7 +44,7 @@ def test_a_conversation_at_a_terminal(live_server: LiveServer, tmp_path: Path) -
         person.type("\x1b[A\x1b[A\r")  # history: back to the first question
         person.expect("#$%&")
         person.type("\x03")
-        person.expect("(cancelled)")
+        person.expect("(interrupted)")
         person.expect("you>")
         person.type("\x04")  # Ctrl-D
         assert person.wait() == 0
@@ -111,13 +111,13 @@ def ask(conversation: Conversation, text: str, cancel_after: int = 5) -> int:
     for number, chunk in enumerate(answer):
         pieces.append(chunk.text)
         if number == cancel_after:
-            answer.cancel()
+            answer.interrupt()
     conversation.keep("".join(pieces))
     assert answer.prompt_tokens is not None
     return answer.prompt_tokens
 
 
-def test_a_cancelled_answer_stays_part_of_the_conversation(conversation: Conversation) -> None:
+def test_an_interrupted_answer_stays_part_of_the_conversation(conversation: Conversation) -> None:
     lengths = [ask(conversation, "a") for _ in range(3)]
     assert lengths[1] > lengths[0] + 5
     assert lengths[2] > lengths[1] + 5

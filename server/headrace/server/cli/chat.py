@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HELP = """/reset        forget the conversation and begin anew
 /system TEXT  begin anew with these instructions
 /help         this list
-/quit         leave (as does Ctrl-D); Ctrl-C cancels an answer and keeps the conversation"""
+/quit         leave (as does Ctrl-D); Ctrl-C interrupts an answer: the conversation goes on from there"""
 
 
 def chat(
@@ -39,7 +39,7 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
 ) -> None:
-    """Talk with a model. Ctrl-C cancels the answer, Ctrl-D leaves, **/help** lists the commands.
+    """Talk with a model. Ctrl-C interrupts the answer, Ctrl-D leaves, **/help** lists the commands.
 
     - **headrace chat --system "Answer in one sentence."**
 
@@ -74,7 +74,7 @@ def chat(
 
 
 class Conversation:
-    """A conversation that survives cancelled answers, refused turns and lost connections."""
+    """A conversation that survives interrupted answers, refused turns and lost connections."""
 
     def __init__(self, client: Client, system: str, sampling: Sampling) -> None:
         self._client = client
@@ -175,13 +175,13 @@ def _answer(conversation: Conversation, line: str, is_interactive: bool) -> None
     pieces: list[str] = []
     try:
         answer = conversation.say(line)
-        with _on_interrupt(answer.cancel):
+        with _on_interrupt(answer.interrupt):
             for chunk in answer:
                 pieces.append(chunk.text)
                 sys.stdout.write(chunk.text)
                 sys.stdout.flush()
-                if chunk.finish is not None and chunk.finish.reason in ("cancelled", "length"):
-                    note = "cancelled" if chunk.finish.reason == "cancelled" else "cut at the limit of tokens"
+                if chunk.finish is not None and chunk.finish.reason in ("interrupted", "length"):
+                    note = "interrupted" if chunk.finish.reason == "interrupted" else "cut at the limit of tokens"
                     output.notes().print(f"[dim] ({note})[/]", end="" if is_interactive else "\n")
     except HeadraceError as error:
         conversation.forget()
