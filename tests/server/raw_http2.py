@@ -11,14 +11,17 @@ import h2.settings
 
 from tests.server.support import PATIENCE
 
+Headers = tuple[tuple[str, str], ...]
+
 
 class RawStream:
     """One call on a connection of its own. With `window`, the server may send so many bytes, then has to wait."""
 
-    def __init__(self, port: int, method: str, *messages: bytes, window: int = 65535) -> None:
+    def __init__(self, port: int, method: str, *messages: bytes, window: int = 65535, headers: Headers = ()) -> None:
         self._port = port
         self._path = f"/headrace.v1.InferenceService/{method}"
         self._messages = messages
+        self._headers = headers
         self._data = bytearray()
         self._connection = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
         codes = h2.settings.SettingCodes
@@ -38,6 +41,7 @@ class RawStream:
             (":authority", "localhost"),
             ("content-type", "application/grpc"),
             ("te", "trailers"),
+            *self._headers,
         ]
         connection.send_headers(1, headers)
         for index, message in enumerate(self._messages, 1):
@@ -58,7 +62,7 @@ class RawStream:
             for event in self._connection.receive_data(data):
                 if isinstance(event, h2.events.DataReceived):
                     self._data += event.data
-                elif isinstance(event, h2.events.TrailersReceived):
+                elif isinstance(event, h2.events.TrailersReceived) or _is_trailers_only(event):
                     return {_text(key): _text(value) for key, value in event.headers}
                 assert not isinstance(event, h2.events.StreamReset), event
 
@@ -76,6 +80,12 @@ class RawStream:
         """Vanish: close the socket without a word."""
         assert self._writer is not None
         self._writer.transport.abort()
+
+
+def _is_trailers_only(event: h2.events.Event) -> bool:
+    return isinstance(event, h2.events.ResponseReceived) and any(
+        _text(key) == "grpc-status" for key, _ in event.headers
+    )
 
 
 def _text(value: str | bytes) -> str:
