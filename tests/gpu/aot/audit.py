@@ -270,8 +270,8 @@ def problems(result: Audit) -> list[str]:
     unexpected, missing = launched - expected, expected - launched
     if unexpected:
         found.append(
-            f"{result.load}: {len(result.layer)} launches a layer, at most {expected.total()} are expected; unexpected: "
-            f"{_names(unexpected)}; not launched: {_names(missing)}"
+            f"{result.load}: {len(result.layer)} launches a layer, at most {expected.total()} are expected; "
+            f"unexpected: {_names(unexpected)}; not launched: {_names(missing)}"
         )
     excess = result.moved / result.needed - 1
     if abs(excess) > BYTES_TOLERANCE:
