@@ -18,7 +18,7 @@ from tests.support.live_server import LONG, LiveServer
 
 __all__ = ["invoke"]  # a fixture
 
-COMMANDS = ("serve", "demo", "generate", "chat", "bench", "models", "pull", "doctor")
+COMMANDS = ("serve", "demo", "generate", "chat", "replay", "bench", "models", "pull", "doctor")
 
 
 def test_help_names_every_command_and_teaches(invoke: Invoke) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from headrace.server.cli import bench, chat, demo, doctor, generate, models, output, serve
+from headrace.server.cli import bench, chat, demo, doctor, generate, models, output, replay, serve
 
 app = typer.Typer(
     name="headrace",
@@ -27,6 +27,7 @@ app.command("serve", rich_help_panel="Serve", no_args_is_help=False)(serve.serve
 app.command("demo", rich_help_panel="Serve")(demo.demo)
 app.command("generate", rich_help_panel="Use a server")(generate.generate)
 app.command("chat", rich_help_panel="Use a server")(chat.chat)
+app.command("replay", rich_help_panel="Use a server")(replay.replay)
 app.command("bench", rich_help_panel="Use a server")(bench.bench)
 app.command("models", rich_help_panel="Models and machine")(models.models)
 app.command("pull", rich_help_panel="Models and machine")(models.pull)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from headrace.server.cli import options, output
 
 if TYPE_CHECKING:
-    from headrace.client import Client, Sampling
+    from headrace.client import Completion, Generation
     from headrace.client.types import Messages
 
 
@@ -32,6 +34,12 @@ def generate(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on over broken connections and servers that die.")
+    ] = False,
+    receipt: Annotated[
+        Path | None, typer.Option("--receipt", help="Write what `headrace replay` needs to this file.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Continue a text, streaming to standard output.
@@ -43,6 +51,8 @@ def generate(
     - **git diff | headrace generate --chat --system "Write a commit message."**
 
     - **headrace generate --json "1, 2, 3," | jq -r .text**
+
+    - **headrace generate "Once upon a time" --receipt receipt.json**, and later **headrace replay receipt.json**
     """
     from headrace.client import Client
 
@@ -62,10 +72,13 @@ def generate(
         system_turn = [{"role": "system", "content": system}] if system else []
         messages = [*system_turn, {"role": "user", "content": text}]
     with Client(target, model=model, timeout=timeout) as client:
-        if as_json:
-            _print_completion(client, text, messages, sampling)
-        else:
-            _stream(client, text, messages, sampling)
+        prompt = text if messages is None else None
+        chunks = client.generate(prompt, messages=messages, resume=resume, **sampling)
+        completion = _collect(chunks, is_shown=not as_json)
+    if as_json:
+        output.print_json(completion)
+    if receipt is not None:
+        _write_receipt(receipt, {"text": text} if messages is None else {"messages": messages}, completion)
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -79,17 +92,28 @@ def _read_prompt(prompt: str | None) -> str:
     return text
 
 
-def _stream(client: Client, text: str, messages: Messages | None, sampling: Sampling) -> None:
-    prompt = text if messages is None else None
-    with client.generate(prompt, messages=messages, **sampling) as chunks:
+def _collect(chunks: Generation, *, is_shown: bool) -> Completion:
+    """The whole answer; shown as it comes where wanted."""
+    from headrace.client import Completion
+
+    token_ids: list[int] = []
+    text, finish = "", None
+    with chunks:
         for chunk in chunks:
-            sys.stdout.write(chunk.text)
-            sys.stdout.flush()
-    if sys.stdout.isatty():
+            token_ids += chunk.token_ids
+            text += chunk.text
+            finish = chunk.finish
+            if is_shown:
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+    assert finish is not None  # the iteration ends with one, or raises
+    if is_shown and sys.stdout.isatty():
         sys.stdout.write("\n")
+    return Completion(0, tuple(token_ids), text, (), finish)
 
 
-def _print_completion(client: Client, text: str, messages: Messages | None, sampling: Sampling) -> None:
-    prompt = text if messages is None else None
-    (completion,) = client.complete(prompt, messages=messages, **sampling)
-    output.print_json(completion)
+def _write_receipt(path: Path, prompt: Mapping[str, object], completion: Completion) -> None:
+    from headrace.client.receipts import Record
+
+    assert completion.finish.receipt is not None  # Generate always gives one
+    path.write_text(Record(prompt, completion.token_ids, completion.finish.receipt).to_json(), encoding="utf-8")
