@@ -3,342 +3,239 @@
     python bench/gpu.py --save        append to bench/results/gpu.jsonl, write the tuning table of this GPU
     python bench/gpu.py --only times  one phase: numerics, tune, times, steps, server
     python bench/gpu.py --dry-run     what would run, and which peers are here; needs no GPU
+    python bench/gpu.py --rehearse    every phase at tiny sizes in Triton's interpreter: does the script reach its end?
 
-Phases: the kernels' tests on the device; tuning to JSON; times against the floor (bytes over measured copy bandwidth)
-and against the peers that can be imported (cuBLAS and SDPA through torch, flash-attn, vLLM's Marlin); decode steps, and
-how much of them lies between launches; the server under load. Has not run on a GPU yet: no machine of this project had
-one, and docs/KERNELS.md gives floors instead. What a peer's interface refuses is a line with its error.
+Phases (_gpu_phases.py): the kernels' tests on the device; tuning to JSON; times against the floor and against peers;
+decode steps, and how much of them lies between launches; the server under load. Each is a process of its own: what it
+printed counts and is saved at once, whatever it then does, and it is stopped when its time is over. At the end the
+targets of the project stand beside what was reached. Has not run on a GPU yet: no machine of this project had one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 from typing import Any
 
-import _gpu
-import numpy as np
-import tune
 from _common import RESULTS, ROOT
-from headrace.kernels.batch import RowSampling, StepBatch
 
-STEPS = 64
-PRODUCT_ROWS = (1, 4, 16, 64, 512)
-PEERS = {
-    "cublas": "torch",
-    "sdpa": "torch",
-    "flash-attn": "flash_attn",
-    "flash-attn-4": "flash_attn.cute",
-    "vllm": "vllm",
-}
-# The issue's targets, printed beside what was measured.
-TARGETS = {"decode_attention_of_copy": 0.85, "w4a16_over_cublas": 3.2, "prefill_over_flash": 0.7, "launch_gap": 0.03}
+SECONDS = 535.0  # of a whole run
+GRACE = 10.0  # seconds beyond its own for a phase to end by itself
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the run and the most seconds that it may take; together under 9 minutes."""
+    """A part of the run and the most seconds that it may take."""
 
     name: str
     seconds: float
-    run: Callable[[Reporter, float], None]
-
-
-class Reporter:
-    """Prints one JSON line per result, and keeps them for --save."""
-
-    def __init__(self, gpu: dict[str, Any]) -> None:
-        self._gpu = gpu
-        self.lines: list[str] = []
-
-    def __call__(self, phase: str, **values: Any) -> None:
-        line = json.dumps({"bench": "gpu", "phase": phase, **values, **self._gpu})
-        self.lines.append(line)
-        print(line, flush=True)
-
-
-def numerics(report: Reporter, seconds: float) -> None:
-    """The kernels' tests and the executor's, on the device, as a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/gpu/numerics", "tests/gpu/e2e/test_executor.py"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-        )
-        report("numerics", status=done.returncode, summary=done.stdout.strip().splitlines()[-8:])
-    except subprocess.TimeoutExpired:
-        report("numerics", status="out of time")
-
-
-def tuning(report: Reporter, seconds: float) -> None:
-    """Tune Llama-3-8B's shapes, then the default model's; what time allows."""
-    todo = list(tune.jobs(["llama-3-8b", "smollm2-135m"], ["int4"], [16, 64]))
-    entries = tune.tune(todo, seconds)
-    path = tune.write_table(entries, _gpu.gpu_line())
-    report("tune", jobs=len(todo), entries=len(entries), table=path.name)
-
-
-def times(report: Reporter, seconds: float) -> None:
-    """Our kernels beside their floors and their peers."""
-    end = time.monotonic() + seconds
-    bandwidth = _gpu.copy_bandwidth()
-    report("times", op="copy", gb_per_s=round(bandwidth, 1), targets=TARGETS)
-    for measure in (*_attention_measures(bandwidth), *_product_measures(bandwidth)):
-        if time.monotonic() > end:
-            report("times", stopped="out of time")
-            return
-        try:
-            report("times", **measure())
-        except Exception as error:  # the other rows still count
-            report("times", error=f"{type(error).__name__}: {error}"[:300])
-
-
-def _attention_measures(bandwidth: float) -> Iterator[Callable[[], dict[str, Any]]]:
-    for case in _gpu.attention_cases():
-
-        def measure(case: _gpu.AttentionCase = case) -> dict[str, Any]:
-            from headrace.kernels.paged_attention import AttentionConfig
-
-            ours = _gpu.microseconds(_gpu.attention_runs(case)(AttentionConfig()), 16)
-            row: dict[str, Any] = {
-                "op": "paged_attention",
-                "shape": f"{case.num_seqs} x {case.context}, {case.query_len} rows, kv {case.kv}",
-                "us": round(ours, 1),
-                "floor_us": round(case.kv_bytes / bandwidth / 1e3, 1),
-                "of_copy": round(case.kv_bytes / bandwidth / 1e3 / ours, 3),
-            }
-            if case.query_len > 1:
-                row["tflops"] = round(case.flops / ours / 1e6, 1)
-            for name, run in _attention_peers(case):
-                row[f"{name}_us"] = round(_gpu.microseconds([run], 16), 1)
-            return row
-
-        yield measure
-
-
-def _attention_peers(case: _gpu.AttentionCase) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """SDPA on contiguous keys, and flash-attn where it is installed (decode: over its own contiguous cache)."""
-    import torch
-    import torch.nn.functional as F
-
-    if case.kv != "bf16":
-        return
-    model = case.model
-    shape = (case.num_seqs, case.context, model.kv_heads, model.head_dim)
-    q = torch.randn(case.num_seqs, case.query_len, model.heads, model.head_dim, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv")
-    is_causal = case.query_len == case.context
-    if is_causal or case.query_len == 1:
-        heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
-        yield "sdpa", lambda: F.scaled_dot_product_attention(*heads_first, is_causal=is_causal, enable_gqa=True)
-    if util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_with_kvcache
-
-        lens = torch.full((case.num_seqs,), case.context, device="cuda", dtype=torch.int32)
-        yield "flash_attn", lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=lens, causal=True)
-
-
-def _product_measures(bandwidth: float) -> Iterator[Callable[[], dict[str, Any]]]:
-    model = _gpu.MODELS["llama-3-8b"]
-    for m in PRODUCT_ROWS:
-        for name, n, k, is_gated in model.products()[:4]:
-
-            def measure(
-                name: str = name, n: int = n, k: int = k, m: int = m, is_gated: bool = is_gated
-            ) -> dict[str, Any]:
-                from headrace.kernels.gpu import tuning as tables
-                from headrace.kernels.linear.config import LinearConfig, default_config
-
-                gpu = _gpu.gpu_line()
-                shape = {"kind": "int4", "n": n, "k": k, "group_size": 32, "gated": int(is_gated)}
-                found = tables.lookup("linear", gpu["gpu"], gpu["arch"], m=m, **shape)
-                config = LinearConfig(**found) if found else default_config("int4", m)
-                ours = _gpu.microseconds(_gpu.product_runs("int4", n, k, m, is_gated=is_gated)(config))
-                cublas = _gpu.microseconds(_gpu.cublas_runs(n, k, m))
-                num_bytes = _gpu.random_packed("int4", n, k, is_gated=is_gated).num_bytes
-                return {
-                    "op": "linear",
-                    "shape": f"{name} {m} x {n} x {k}, int4 groups of 32 with zeros",
-                    "is_tuned": bool(found),
-                    "us": round(ours, 1),
-                    "floor_us": round(num_bytes / bandwidth / 1e3, 1),
-                    "cublas_bf16_us": round(cublas, 1),
-                    "over_cublas": round(cublas / ours, 2),
-                    **_marlin(n, k, m),
-                }
-
-            yield measure
-
-
-def _marlin(n: int, k: int, m: int) -> dict[str, Any]:
-    """vLLM's Marlin on a weight of the same shape (symmetric, groups of 128), where vLLM can be imported."""
-    if util.find_spec("vllm") is None:
-        return {}
-    import torch
-    from vllm.model_executor.layers.quantization.utils.marlin_utils import (
-        apply_gptq_marlin_linear,
-        marlin_make_empty_g_idx,
-        marlin_make_workspace_new,
-    )
-    from vllm.scalar_type import scalar_types
-
-    device = torch.device("cuda")
-    weight = torch.randint(-(1 << 31), (1 << 31) - 1, (k // 16, n * 2), dtype=torch.int32, device=device)
-    scales = torch.rand(k // 128, n, dtype=torch.bfloat16, device=device)
-    x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
-    empty, workspace = marlin_make_empty_g_idx(device), marlin_make_workspace_new(device)
-
-    def run() -> None:
-        apply_gptq_marlin_linear(
-            x, weight, scales, empty, empty, empty, workspace, scalar_types.uint4b8, n, k, is_k_full=True
-        )
-
-    return {"vllm_marlin_us": round(_gpu.microseconds([run]), 1)}
-
-
-def server(report: Reporter, seconds: float) -> None:
-    """`headrace bench` against a server of its own on the triton back end, at few streams and at many."""
-    environment = {**os.environ, "HEADRACE_BACKEND": "triton"}
-    end = time.monotonic() + seconds
-    for concurrency, requests in ((1, 8), (16, 64), (64, 256)):
-        command = [sys.executable, "-m", "headrace.server.cli", "bench", "--json"]
-        command += ["--concurrency", str(concurrency), "--requests", str(requests)]
-        command += ["--prompt-tokens", "256", "--output-tokens", "128"]
-        left = end - time.monotonic()
-        if left < 20:
-            report("server", concurrency=concurrency, status="out of time")
-            return
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left, check=False
-            )
-        except subprocess.TimeoutExpired:
-            report("server", concurrency=concurrency, status="out of time")
-            return
-        if done.returncode:
-            report("server", concurrency=concurrency, status=done.returncode, stderr=done.stderr[-500:])
-            continue
-        report("server", concurrency=concurrency, result=json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-def steps(report: Reporter, seconds: float) -> None:
-    """Decode steps of the default model, one in flight: what lies between the graphs is neither kernel nor need."""
-    import torch
-    from headrace.kernels.gpu.executor import GpuExecutor, GpuOptions
-    from headrace.kernels.gpu.shape import StepLimits
-    from headrace.models.load import load_model
-    from headrace.models.sources import resolve
-    from headrace.server.config import ServerConfig
-
-    model = load_model(resolve(ServerConfig.model))
-    limits = StepLimits(max_tokens=512, max_seqs=64, max_logit_rows=256, max_model_len=2048, block_size=64)
-    executor = GpuExecutor(model.program, model.weights, limits, GpuOptions())
-    executor.allocate_kv(64 * 32)
-    executor.warm_up()
-    for num_seqs in (1, 16, 64):
-        known, pending = (decode_batch(num_seqs, is_pending=flag) for flag in (False, True))
-        executor.execute(known)
-        begin = time.perf_counter()
-        executor.submit(pending)
-        for _ in range(STEPS):
-            executor.submit(pending)
-            executor.collect()
-        executor.collect()
-        wall = (time.perf_counter() - begin) / (STEPS + 1) * 1e6
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        for _ in range(STEPS):
-            executor.replay(num_seqs)
-        events[1].record()
-        events[1].synchronize()
-        graph = events[0].elapsed_time(events[1]) / STEPS * 1e3
-        gap = 1.0 - graph / wall
-        report("steps", num_seqs=num_seqs, step_us=round(wall, 1), graph_us=round(graph, 1), gap=round(gap, 3))
-
-
-def decode_batch(num_seqs: int, *, is_pending: bool, context: int = 1024, block_size: int = 64) -> StepBatch:
-    """One row of each of `num_seqs` sequences; is_pending: from the tokens that the step before samples."""
-    rows = np.arange(num_seqs, dtype=np.int32)
-    blocks = context // block_size
-    tables = np.arange(num_seqs * blocks, dtype=np.int32).reshape(num_seqs, blocks)
-    return StepBatch(
-        token_ids=-1 - rows if is_pending else rows,
-        positions=np.full(num_seqs, context - 1, np.int32),
-        slot_mapping=tables[:, -1] * block_size + (context - 1) % block_size,
-        cu_seqlens_q=np.arange(num_seqs + 1, dtype=np.int32),
-        seq_lens=np.full(num_seqs, context, np.int32),
-        block_tables=tables,
-        logit_rows=rows,
-        sampling=tuple(RowSampling(position=context) for _ in range(num_seqs)),
-    )
+    what: str
 
 
 PHASES = (
-    Phase("numerics", 140.0, numerics),
-    Phase("tune", 100.0, tuning),
-    Phase("times", 110.0, times),
-    Phase("steps", 50.0, steps),
-    Phase("server", 110.0, server),
+    Phase("numerics", 140.0, "the kernels' tests and the executor's, file by file"),
+    Phase("tune", 95.0, "block sizes of Llama-3-8B's shapes, then of the default model's, as far as time allows"),
+    Phase(
+        "times", 105.0, "kernels beside their floors (bytes over measured copy bandwidth) and the peers that are here"
+    ),
+    Phase("steps", 50.0, "decode steps of the default model: what lies between the graphs is neither kernel nor need"),
+    Phase("server", 100.0, "headrace bench against a server of its own on the triton back end, few streams and many"),
 )
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Target:
+    """What the project wants. name: a line's `goals` says which it speaks to. is_least: at least `goal`, or at most."""
+
+    name: str
+    goal: float
+    what: str
+    is_least: bool = True
+
+    def is_reached(self, value: float) -> bool:
+        return value >= self.goal if self.is_least else value <= self.goal
+
+
+TARGETS = (
+    Target("decode_attention", 0.85, "decode attention, share of the measured copy bandwidth"),
+    Target("w4a16", 3.2, "W4A16 at 1 to 16 rows, times faster than cuBLAS in bf16"),
+    Target("prefill_attention", 0.70, "prefill attention, share of the speed of FlashAttention's best that is here"),
+    Target("launch_gap", 0.03, "decode steps with graphs, share of the time between launches", is_least=False),
+)
+
+
+class Results:
+    """The lines of a run: printed and, with `save`, appended to bench/results/gpu.jsonl one by one."""
+
+    def __init__(self, gpu: dict[str, Any], *, save: bool) -> None:
+        self._gpu = gpu
+        self._path = Path(RESULTS) / "gpu.jsonl" if save else None
+        self.errors = 0
+        self.values: dict[str, list[float]] = {target.name: [] for target in TARGETS}
+
+    def __call__(self, phase: str, **values: Any) -> None:
+        self.errors += "error" in values
+        reached = values.get("goals", {})
+        for target in TARGETS:
+            if target.name in reached:
+                value = reached[target.name]
+                self.values[target.name].append(value)
+                values["goals"] = reached = {
+                    **reached,
+                    target.name: {"reached": value, "goal": target.goal, "passed": target.is_reached(value)},
+                }
+        line = json.dumps({"bench": "gpu", "phase": phase, **values, **self._gpu})
+        print(line, flush=True)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(line + "\n")
+
+    def targets(self) -> None:
+        """One line per target: the worst and the best of what speaks to it. passed: null where nothing does."""
+        for target in TARGETS:
+            values = sorted(self.values[target.name], reverse=not target.is_least)
+            self(
+                "targets",
+                target=target.what,
+                goal=target.goal,
+                measured=len(values),
+                worst=values[0] if values else None,
+                best=values[-1] if values else None,
+                passed=target.is_reached(values[0]) if values else None,
+            )
+
+
+def run_phase(phase: Phase, seconds: float, results: Results, *, rehearse: bool) -> bool:
+    """Run a phase in a process group of its own, at most `seconds`; whether it came to its end."""
+    command = [sys.executable, str(Path(__file__).with_name("_gpu_phases.py")), phase.name, str(seconds)]
+    command += ["--rehearse"] if rehearse else []
+    begin, is_late, last = time.monotonic(), threading.Event(), ""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+
+    def stop() -> None:
+        is_late.set()
+        _kill_group(process.pid)
+
+    timer = threading.Timer(seconds + GRACE, stop)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            values = _values(line)
+            if values is None:
+                last = line.strip()[-300:]
+                print(last, file=sys.stderr, flush=True)
+            else:
+                results(phase.name, **values)
+        status = process.wait()
+        process.stdout.close()
+    finally:
+        timer.cancel()
+        _kill_group(process.pid)  # what it may have left behind
+    outcome = "stopped: out of time" if is_late.is_set() else "done" if status == 0 else f"failed with status {status}"
+    results("phase", name=phase.name, outcome=outcome, seconds=round(time.monotonic() - begin, 1), last=last)
+    return outcome == "done"
+
+
+def _values(line: str) -> dict[str, Any] | None:
+    """A result; None for what a library printed."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[phase.name for phase in PHASES], help="default: all, in order")
     parser.add_argument("--save", action="store_true", help="append the lines to bench/results/gpu.jsonl")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--rehearse", action="store_true", help="all phases, tiny, in Triton's interpreter")
     options = parser.parse_args()
     phases = [phase for phase in PHASES if options.only is None or phase.name in options.only]
     if options.dry_run:
         _print_plan(phases)
-        return
-    gpu = _gpu.gpu_line()
+        return 0
+    if options.rehearse and options.save:
+        parser.error("times of a rehearsal mean nothing and are not saved")
+    if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
+        return _in_interpreter()
+    return run(phases, save=options.save, rehearse=options.rehearse)
+
+
+def run(phases: Sequence[Phase], *, save: bool, rehearse: bool) -> int:
+    """All phases; 1 where one did not come to its end."""
+    import _gpu
+    import _gpu_peers
+
+    if not rehearse:
+        os.environ.pop("TRITON_INTERPRET", None)
+    gpu = {"gpu": "none: a rehearsal in Triton's interpreter"} if rehearse else _gpu.gpu_line()
     if not gpu:
-        raise SystemExit("no GPU: nothing here can be measured (--dry-run shows what would be)")
-    report = Reporter(gpu)
-    report("start", phases=[phase.name for phase in phases], peers=peers())
+        print("no GPU: nothing here can be measured (--dry-run and --rehearse need none)", file=sys.stderr)
+        return 1
+    results = Results(gpu, save=save)
+    results("start", phases=[phase.name for phase in phases], peers=_gpu_peers.reasons())
+    for name, why in _gpu_peers.reasons().items():
+        if why:
+            print(f"SKIPPED PEER {name}: {why}", file=sys.stderr, flush=True)
     begin = time.monotonic()
-    for phase in phases:
-        phase.run(report, phase.seconds)
-    report("end", seconds=round(time.monotonic() - begin, 1))
-    if options.save:
-        with (Path(RESULTS) / "gpu.jsonl").open("a") as results:
-            results.write("\n".join(report.lines) + "\n")
+    ends = [_run_in_time(phase, begin, results, rehearse=rehearse) for phase in phases]
+    results.targets()
+    counts = {"passed": sum(ends), "failed": len(ends) - sum(ends), "lines_with_errors": results.errors}
+    results("end", seconds=round(time.monotonic() - begin, 1), **counts)
+    return 0 if all(ends) else 1
 
 
-def peers() -> dict[str, bool]:
-    """Which peers can be imported here."""
-    return {name: _is_importable(module) for name, module in PEERS.items()}
-
-
-def _is_importable(module: str) -> bool:
-    try:
-        return util.find_spec(module) is not None
-    except ImportError:  # a parent is missing
+def _run_in_time(phase: Phase, begin: float, results: Results, *, rehearse: bool) -> bool:
+    left = SECONDS - (time.monotonic() - begin)
+    if left < 2 * GRACE:
+        results("phase", name=phase.name, outcome="not begun: out of time", seconds=0.0)
         return False
+    return run_phase(phase, min(phase.seconds, left - GRACE), results, rehearse=rehearse)
 
 
-def _print_plan(phases: list[Phase]) -> None:
+def _in_interpreter() -> int:
+    """This command again, with the Triton whose interpreter works (tests/gpu/environments.py fetches it once)."""
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    from tests.gpu.environments import TRITON
+
+    TRITON.set_up()
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
+    return subprocess.run(command, env=TRITON.variables(interprets=True), check=False).returncode
+
+
+def _print_plan(phases: Sequence[Phase]) -> None:
+    import _gpu
+    import _gpu_peers
+
     for phase in phases:
-        print(json.dumps({"phase": phase.name, "seconds": phase.seconds, "what": (phase.run.__doc__ or "").strip()}))
-    attention = [
-        f"{case.num_seqs} x {case.context}, {case.query_len} rows, kv {case.kv}: {case.kv_bytes / 1e6:.1f} MB"
-        for case in _gpu.attention_cases()
-    ]
-    products = [
-        f"{m} x {n} x {k} ({name})" for m in PRODUCT_ROWS for name, n, k, _ in _gpu.MODELS["llama-3-8b"].products()[:4]
-    ]
-    plan = {"attention": attention, "products": products, "peers": peers(), "targets": TARGETS}
+        print(json.dumps({"phase": phase.name, "seconds": phase.seconds, "what": phase.what}))
+    plan = {
+        "attention": [str(case) for case in _gpu.attention_cases()],
+        "products": [f"{m} x {n} x {k} ({name})" for m, (name, n, k, _) in _gpu.timed_products()],
+        "peers": _gpu_peers.reasons(),
+        "targets": {target.what: target.goal for target in TARGETS},
+    }
     print(json.dumps({"bench": "gpu", "dry_run": True, "seconds": sum(phase.seconds for phase in phases), **plan}))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from headrace.kernels.gpu import tuning
 from headrace.kernels.linear.config import LinearConfig
-from headrace.kernels.paged_attention.config import AttentionConfig
 
 ROWS = (16, 64, 256)
 KINDS = ("int4", "int8", "dense")
@@ -31,12 +30,17 @@ CONTEXT = 4096  # positions of the sequences that attention is tuned on
 
 @dataclass(frozen=True)
 class Job:
-    """One entry to be: an op at a shape, for up to m rows, and the configurations to try."""
+    """One entry to be: an op at a shape, for up to m rows. parts: changes of the default configuration to try; parts
+    are of kernels that do not meet, so that each is tuned by itself: decode and prefill of attention."""
 
     op: str
     shape: dict[str, int | str]
     m: int
-    candidates: tuple[Any, ...]
+    parts: tuple[tuple[Mapping[str, int], ...], ...]
+
+    @property
+    def num_candidates(self) -> int:
+        return sum(len(part) for part in self.parts)
 
 
 def linear_candidates(m: int) -> Iterator[LinearConfig]:
@@ -48,10 +52,14 @@ def linear_candidates(m: int) -> Iterator[LinearConfig]:
         yield LinearConfig(block_m, block_n, num_warps, num_stages, split_programs=0 if m > 64 else 512)
 
 
-def attention_candidates() -> Iterator[AttentionConfig]:
-    """Warps and stages of both kernels, and the rows of a prefill tile."""
-    for warps, stages in product((2, 4, 8), (2, 3, 5)):
-        yield AttentionConfig(split_warps=warps, split_stages=stages)
+def attention_candidates() -> tuple[tuple[Mapping[str, int], ...], ...]:
+    """Warps and stages of decode; rows of a tile, warps and stages of prefill."""
+    decode = [{"split_warps": warps, "split_stages": stages} for warps, stages in product((2, 4, 8), (2, 3, 5))]
+    prefill = [
+        {"prefill_block_m": rows, "prefill_warps": warps, "prefill_stages": stages}
+        for rows, warps, stages in ((128, 8, 2), (128, 8, 3), (128, 4, 2), (64, 4, 2), (64, 4, 3), (64, 8, 2))
+    ]
+    return tuple(decode), tuple(prefill)
 
 
 def jobs(models: list[str], kinds: list[str], rows: list[int]) -> Iterator[Job]:
@@ -60,13 +68,8 @@ def jobs(models: list[str], kinds: list[str], rows: list[int]) -> Iterator[Job]:
 
     for name in models:
         model = _gpu.MODELS[name]
-        shape: dict[str, int | str] = {
-            "head_dim": model.head_dim,
-            "group": model.heads // model.kv_heads,
-            "kv_dtype": "bf16",
-            "block_size": 64,
-        }
-        yield Job("paged_attention", shape, 1, tuple(attention_candidates()))
+        shape = _attention_shape(model)
+        yield Job("paged_attention", shape, 1, attention_candidates())
         for kind, (_, n, k, is_gated) in product(kinds, model.products()):
             for m in rows:
                 group = 0 if kind == "dense" else 32
@@ -77,56 +80,78 @@ def jobs(models: list[str], kinds: list[str], rows: list[int]) -> Iterator[Job]:
                     "group_size": group,
                     "gated": int(is_gated),
                 }
-                yield Job("linear", linear, m, tuple(linear_candidates(m)))
+                yield Job("linear", linear, m, (tuple(asdict(config) for config in linear_candidates(m)),))
 
 
-def measure(job: Job) -> dict[str, Any] | None:
-    """The best candidate of a job as an entry of a table; None where none can run."""
+Runner = Callable[[Mapping[str, int]], list[Callable[[], None]]]  # from changes of the default to launches
+Say = Callable[..., None]
+
+
+def measure(job: Job, end: float, say: Say) -> dict[str, Any] | None:
+    """The best candidates of a job as an entry of a table; None where none can run or time is over before half of a
+    part was tried. end: of time.monotonic()."""
     import _gpu
 
-    best: tuple[float, Any] | None = None
-    runs = _operands(job)
-    for config in job.candidates:
-        try:
-            duration = _gpu.microseconds(runs(config), 32)
-        except Exception as error:  # a launch that asks too much of this GPU is no candidate here
-            print(json.dumps({"skipped": asdict(config), "op": job.op, "shape": job.shape, "why": str(error)[:200]}))
-            continue
-        if best is None or duration < best[0]:
-            best = (duration, config)
-    if best is None:
-        return None
-    default = asdict(type(best[1])())
-    changed = {name: value for name, value in asdict(best[1]).items() if job.op == "linear" or value != default[name]}
-    return {"op": job.op, "shape": job.shape, "m": job.m, "config": changed, "microseconds": round(best[0], 2)}
+    changed: dict[str, int] = {}
+    durations = []
+    for part, runner in zip(job.parts, _runners(job), strict=True):
+        tried: list[tuple[float, Mapping[str, int]]] = []
+        for number, candidate in enumerate(part):
+            if time.monotonic() > end and number < len(part) // 2:
+                return None
+            try:
+                tried.append((_gpu.microseconds(runner(candidate), 32), candidate))
+            except Exception as error:  # a launch that asks too much of this GPU is no candidate here
+                say(skipped=dict(candidate), op=job.op, shape=job.shape, why=f"{type(error).__name__}: {error}"[:200])
+        if not tried:
+            return None
+        duration, best = min(tried, key=lambda pair: pair[0])
+        durations.append(duration)
+        changed |= best
+    return {"op": job.op, "shape": job.shape, "m": job.m, "config": changed, "microseconds": round(durations[0], 2)}
 
 
-def _operands(job: Job) -> Callable[[Any], list[Callable[[], None]]]:
-    """What a job runs on; from a configuration to launches."""
+def _runners(job: Job) -> list[Runner]:
+    """What each part of a job runs on."""
     import _gpu
 
     shape = job.shape
     if job.op == "linear":
         sizes = (int(shape["n"]), int(shape["k"]), job.m)
-        return _gpu.product_runs(str(shape["kind"]), *sizes, is_gated=bool(shape["gated"]))
-    groups = {(m.head_dim, m.heads // m.kv_heads): m for m in _gpu.MODELS.values()}
-    model = groups[int(shape["head_dim"]), int(shape["group"])]
-    return _gpu.attention_runs(_gpu.AttentionCase(model, 16, CONTEXT))
+        product_runs = _gpu.product_runs(str(shape["kind"]), *sizes, is_gated=bool(shape["gated"]))
+        return [lambda candidate: product_runs(LinearConfig(**candidate))]
+    model = _gpu.MODELS[next(name for name in _gpu.MODELS if _attention_shape(_gpu.MODELS[name]) == shape)]
+    context = 80 if _gpu.is_rehearsal() else CONTEXT
+    cases = (
+        _gpu.AttentionCase(model, 2 if _gpu.is_rehearsal() else 16, context),
+        _gpu.AttentionCase(model, 1, context, context),
+    )
+
+    def runner(case: Any) -> Runner:
+        runs = _gpu.attention_runs(_gpu.attention_operands(case))
+        default = _gpu.attention_config(case, is_tuned=False)
+        return lambda candidate: runs(replace(default, **candidate))
+
+    return [runner(case) for case in cases]
 
 
-def tune(todo: list[Job], seconds: float) -> list[dict[str, Any]]:
-    """Entries of as many jobs as fit into `seconds`; every one is printed as it is found."""
-    entries = []
-    end = time.monotonic() + seconds
+def _attention_shape(model: Any) -> dict[str, int | str]:
+    return {"head_dim": model.head_dim, "group": model.heads // model.kv_heads, "kv_dtype": "bf16", "block_size": 64}
+
+
+def tune(todo: list[Job], end: float, say: Say) -> Iterator[dict[str, Any]]:
+    """Entries of as many jobs as fit until `end` of time.monotonic(), each as it is found."""
     for number, job in enumerate(todo):
         if time.monotonic() > end:
-            print(json.dumps({"tuned": number, "of": len(todo), "stopped": "out of time"}))
-            break
-        entry = measure(job)
+            say(tuned=number, of=len(todo), stopped="out of time")
+            return
+        try:
+            entry = measure(job, end, say)
+        except Exception as error:  # the next shape still counts
+            say(failed=job.op, shape=job.shape, error=f"{type(error).__name__}: {error}"[:200])
+            continue
         if entry is not None:
-            entries.append(entry)
-            print(json.dumps(entry), flush=True)
-    return entries
+            yield entry
 
 
 def write_table(entries: list[dict[str, Any]], gpu: dict[str, Any], folder: Path = tuning.FOLDER) -> Path:
@@ -150,25 +175,30 @@ def main() -> None:
     import _gpu
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=sorted(_gpu.MODELS), default=sorted(_gpu.MODELS))
+    real = sorted(_gpu.MODELS.keys() - {"tiny"})
+    parser.add_argument("--models", nargs="+", choices=real, default=real)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["int4"])
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="most rows of a step")
     parser.add_argument("--seconds", type=float, default=180.0, help="stop after this long; what was found is written")
     parser.add_argument("--dry-run", action="store_true", help="print what would be measured and stop")
     options = parser.parse_args()
     todo = list(jobs(options.models, options.kinds, options.rows))
-    plan = {"jobs": len(todo), "configurations": sum(len(job.candidates) for job in todo), "seconds": options.seconds}
+    plan = {"jobs": len(todo), "configurations": sum(job.num_candidates for job in todo), "seconds": options.seconds}
     if options.dry_run:
         for job in todo:
-            print(json.dumps({"op": job.op, "shape": job.shape, "m": job.m, "candidates": len(job.candidates)}))
+            print(json.dumps({"op": job.op, "shape": job.shape, "m": job.m, "candidates": job.num_candidates}))
         print(json.dumps({"bench": "tune", "dry_run": True, **plan}))
         return
     gpu = _gpu.gpu_line()
     if not gpu:
         raise SystemExit("no GPU: nothing can be tuned here (--dry-run shows what would be)")
-    print(json.dumps({"bench": "tune", **plan, **gpu}))
-    path = write_table(tune(todo, options.seconds), gpu)
-    print(json.dumps({"bench": "tune", "written": str(path.relative_to(tuning.FOLDER.parent)), **gpu}))
+
+    def say(**values: Any) -> None:
+        print(json.dumps({"bench": "tune", **values, **gpu}), flush=True)
+
+    say(**plan)
+    for entry in tune(todo, time.monotonic() + options.seconds, say):
+        say(entry=entry, written=write_table([entry], gpu).name)
 
 
 if __name__ == "__main__":
