@@ -113,6 +113,8 @@ protos: $(DEV) ## generate the code of protos/
 		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		--mypy_out=quiet:protos --mypy_grpc_out=quiet:protos \
 		protos/headrace/v1/inference.proto protos/headrace/v1/models.proto
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --descriptor_set_out=protos/headrace/v1/orca.binpb \
+		protos/xds/data/orca/v3/orca_load_report.proto protos/xds/service/orca/v3/orca.proto
 
 docs: $(DEV) ## generate docs/API.md
 	$(BIN)/python docs/generate_api.py

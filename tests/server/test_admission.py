@@ -13,7 +13,6 @@ import grpc
 import pytest
 from headrace.engine.types import BATCH, INTERACTIVE, STANDARD, EngineStats
 from headrace.server import admission as admission_module
-from headrace.server import errors
 from headrace.server.admission import Admission, AdmissionLimits, Claim, RequestGuard
 from headrace.server.concurrency import ConcurrencyLimit
 from headrace.server.errors import OverloadedError, ServerError
@@ -322,14 +321,11 @@ async def test_a_timeout_of_ages_is_cut_to_the_servers_most(counting: Bench) -> 
     assert num_messages >= 1
 
 
+@pytest.mark.parametrize("timeout", ["0n", "0S"])
 @_in_session
-@pytest.mark.parametrize(("timeout", "status"), [("0n", "4"), ("0S", "4"), ("1n", "8")])
-async def test_an_expired_deadline_runs_nothing(counting: Bench, timeout: str, status: str) -> None:
-    """gRPC itself answers what has no time at all; what had some, and has none when it is read, is unmeetable."""
+async def test_a_call_without_any_time_runs_nothing(counting: Bench, timeout: str) -> None:
+    """gRPC itself answers it; what has run out before it is read is refused by `Admission.open`."""
     before = (await counting.stats()).num_steps
     trailers, num_messages = await _with_timeout(counting, timeout)
-    assert num_messages == 0
-    assert trailers["grpc-status"] in (status, "4")
-    if trailers["grpc-status"] == "8":
-        assert trailers["grpc-message"] == errors.DEADLINE_UNMEETABLE.message
+    assert (trailers["grpc-status"], num_messages) == ("4", 0)
     assert (await counting.idle_stats()).num_steps == before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ NAMES = {
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
+    "xds.service.orca.v3.OpenRcaService",
 }
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -51,7 +54,7 @@ async def test_list_has_all_names(counting: Bench) -> None:
     response_class: Any = GetMessageClass(pool.FindMessageTypeByName("grpc.health.v1.HealthListResponse"))
     raw = await counting.channel.unary_unary("/grpc.health.v1.Health/List")(b"")
     statuses = response_class.FromString(raw).statuses
-    assert {name: entry.status for name, entry in statuses.items()} == dict.fromkeys(NAMES, SERVING)
+    assert {name: entry.status for name, entry in statuses.items()} == dict.fromkeys([*NAMES, "liveness"], SERVING)
 
 
 async def test_watch_of_an_unknown_name_says_so_and_stays(counting: Bench) -> None:
@@ -88,6 +91,43 @@ async def test_watch_flips_on_load_and_on_stop(tiny_llama_gguf: Path) -> None:
         for failed in await asyncio.wait_for(asyncio.gather(*watching), PATIENCE):
             assert failed.code == grpc.StatusCode.UNAVAILABLE
         assert all(statuses == [NOT_SERVING, SERVING, NOT_SERVING] for statuses in seen.values())
+
+
+async def test_liveness_says_nothing_about_the_model(tiny_llama_gguf: Path) -> None:
+    from headrace.server.app import start_server
+    from headrace.server.config import ServerConfig
+
+    config = ServerConfig(model=str(tiny_llama_gguf), model_name="tiny", port=0)
+    engine = scripted_engine.command(load_seconds=20)
+    async with (
+        start_server(config, engine_command=engine) as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        assert (await stub.Check(health_pb2.HealthCheckRequest(service="liveness"))).status == SERVING
+        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
+
+
+async def test_an_engine_without_progress_is_not_serving_until_it_goes_on(tiny_llama_gguf: Path) -> None:
+    engine = scripted_engine.command(step_seconds=0.01)
+    async with bench(tiny_llama_gguf, engine, progress_timeout=0.3, hang_timeout=60.0) as server:
+        watch = _health(server).Watch(health_pb2.HealthCheckRequest(service="tiny"))
+        assert (await watch.read()).status == SERVING
+        call = server.stub.Generate(tokens_request(max_tokens=300))
+        await call.read()
+        pid = server.running.host.supervisor.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            assert (await asyncio.wait_for(watch.read(), PATIENCE)).status == NOT_SERVING
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert (await asyncio.wait_for(watch.read(), PATIENCE)).status == SERVING
+        while await call.read() is not grpc.aio.EOF:  # it was only slow: nothing is lost
+            pass
+        assert await call.code() is grpc.StatusCode.OK
+        watch.cancel()
+        await server.idle_stats()
 
 
 async def test_health_is_not_subject_to_admission(tiny_llama_gguf: Path) -> None:
@@ -148,7 +188,7 @@ async def test_reflection_describes_every_service_with_all_its_methods(counting:
         if name == "grpc.health.v1.Health":
             assert {m.name for m in service.method} == {"Check", "Watch", "List"}
         if name == "headrace.v1.InferenceService":
-            assert len(service.method) == 6
+            assert len(service.method) == 8
     await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol="no.such.Thing"))
     assert (await call.read()).error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
     await call.done_writing()

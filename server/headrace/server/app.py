@@ -17,8 +17,9 @@ from dataclasses import dataclass, fields
 from importlib.metadata import version
 
 import grpc
+from google.protobuf.descriptor_pool import DescriptorPool
 from headrace.engine.types import EngineStats
-from headrace.server import descriptors, loop, metrics, telemetry
+from headrace.server import descriptors, loop, metrics, orca, telemetry
 from headrace.server.admission import Admission, AdmissionLimits
 from headrace.server.config import ServerConfig
 from headrace.server.health import Health
@@ -26,6 +27,7 @@ from headrace.server.inference import InferenceService
 from headrace.server.metrics import Source
 from headrace.server.model_host import ModelHost
 from headrace.server.models_service import ModelService
+from headrace.server.orca import LoadReporter
 from headrace.server.reflection import Reflection
 from headrace.server.resume import Registry, ResumeLimits
 from headrace.server.rpc import Policy, service_handler
@@ -53,6 +55,7 @@ class RunningServer:
     host: ModelHost
     admission: Admission
     health: Health
+    load: LoadReporter
     _changed: list[asyncio.Event]
     _server: grpc.aio.Server
 
@@ -117,8 +120,10 @@ async def start_server(
     )
     resumables = Registry(limits)
     admission.on_drain.add(resumables.abandon_unread)
-    health = _register(server, config, host, admission, resumables)
-    hooks.append(lambda: health.set_serving(host.state == "ready"))
+    pool = descriptors.build_pool()
+    load = LoadReporter(host, admission, pool)
+    health = _register(server, config, pool, Parts(host, admission, resumables, load))
+    hooks.append(lambda: health.set_serving(host.is_serving))
 
     def on_stats(stats: EngineStats) -> None:
         capacity = host.capacity
@@ -136,7 +141,7 @@ async def start_server(
     unwatch = metrics.watch(Source(config.name, host.engine_stats, lambda: host.supervisor.num_restarts))
     model = asyncio.ensure_future(host.run())
     try:
-        yield RunningServer(port, config, host, admission, health, events, server)
+        yield RunningServer(port, config, host, admission, health, load, events, server)
     finally:
         unwatch()
         await server.stop(0)
@@ -198,22 +203,30 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
         await asyncio.wait_for(event.wait(), seconds)
 
 
-def _register(
-    server: grpc.aio.Server, config: ServerConfig, host: ModelHost, admission: Admission, resumables: Registry
-) -> Health:
+@dataclass(frozen=True)
+class Parts:
+    """What the services of a server work with."""
+
+    host: ModelHost
+    admission: Admission
+    resumables: Registry
+    load: LoadReporter
+
+
+def _register(server: grpc.aio.Server, config: ServerConfig, pool: DescriptorPool, parts: Parts) -> Health:
     """All services of the server, on one wrapper."""
-    pool = descriptors.build_pool()
-    services = [descriptors.INFERENCE, descriptors.MODELS, descriptors.HEALTH]
+    host, admission = parts.host, parts.admission
+    services = [descriptors.INFERENCE, descriptors.MODELS, descriptors.HEALTH, orca.SERVICE]
     if config.enable_channelz:
         services.append(descriptors.CHANNELZ)
     if config.enable_reflection:
         services += [descriptors.REFLECTION, descriptors.REFLECTION_ALPHA]
-    policy = Policy(config.default_deadline, config.max_deadline, tenant_header=config.tenant_header)
+    policy = Policy(config.default_deadline, config.max_deadline, tenant_header=config.tenant_header, load=parts.load)
     probe = Policy(_NO_LIMIT, _NO_LIMIT, is_logged=False)
 
     starter = Starter(host)
     session = SessionService(host, admission, starter, config)
-    inference = InferenceService(host, admission, starter, session, resumables)
+    inference = InferenceService(host, admission, starter, session, parts.resumables)
     health = Health(("", *services, config.name), pool)
     inference_descriptor = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
     models_descriptor = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
@@ -221,6 +234,7 @@ def _register(
         service_handler(inference_descriptor, inference.implementations(), policy),
         service_handler(models_descriptor, ModelService(host).implementations(), policy),
         service_handler(descriptors.service(pool, descriptors.HEALTH), health.implementations(), probe),
+        service_handler(descriptors.service(pool, orca.SERVICE), parts.load.implementations(), probe),
     ]
     if config.enable_reflection:
         reflection = Reflection(services, pool).implementations()

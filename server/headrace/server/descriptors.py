@@ -8,7 +8,9 @@ pool stays as it is.
 
 from __future__ import annotations
 
-from google.protobuf import descriptor_pb2
+from importlib.resources import files
+
+from google.protobuf import descriptor_pb2, duration_pb2
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.rpc import error_details_pb2
@@ -35,9 +37,11 @@ def build_pool() -> DescriptorPool:
     pool = DescriptorPool()
     added: set[str] = set()
     # With the details of errors: grpcurl then prints them instead of base64.
-    for module in (inference_pb2, models_pb2, channelz_pb2, reflection_pb2, error_details_pb2):
+    for module in (inference_pb2, models_pb2, channelz_pb2, reflection_pb2, error_details_pb2, duration_pb2):
         _add(pool, module.DESCRIPTOR, added)
     pool.Add(_health_file())
+    for file in _orca_files():
+        pool.Add(file)
     pool.Add(_reflection_v1_file())
     return pool
 
@@ -77,6 +81,12 @@ def _health_file() -> descriptor_pb2.FileDescriptorProto:
         name="List", input_type=f"{package}.HealthListRequest", output_type=f"{package}.HealthListResponse"
     )
     return file
+
+
+def _orca_files() -> list[descriptor_pb2.FileDescriptorProto]:
+    """protos/xds, as `make protos` compiled them."""
+    data = files("headrace.v1").joinpath("orca.binpb").read_bytes()
+    return list(descriptor_pb2.FileDescriptorSet.FromString(data).file)
 
 
 def _reflection_v1_file() -> descriptor_pb2.FileDescriptorProto:

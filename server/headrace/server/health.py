@@ -1,7 +1,7 @@
 """grpc.health.v1: Check, Watch and List, from one table of statuses that `app.py` keeps up to date.
 
-grpcio's own async servicer has no List. Names: "" (the whole server), each gRPC service, each model. Never subject to
-admission: a busy server that fails its probes would be killed for being busy.
+grpcio's own async servicer has no List. Names: "" (the whole server), each gRPC service, each model, "liveness". Never
+subject to admission: a busy server that fails its probes would be killed for being busy.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2
 from headrace.server.errors import DRAINING, SERVICE_NOT_KNOWN, ServerError
 from headrace.server.rpc import Call, Implementation
 
+LIVENESS = "liveness"  # SERVING as long as the front end answers at all, also while the model loads or drains
 _Status = health_pb2.HealthCheckResponse
 
 
@@ -24,7 +25,8 @@ class Health:
 
     def __init__(self, names: tuple[str, ...], pool: DescriptorPool) -> None:
         """names: all that Check will know, NOT_SERVING until `set_serving`. pool: where HealthListResponse is found."""
-        self._statuses = dict.fromkeys(names, _Status.NOT_SERVING)
+        self._statuses: dict[str, int] = dict.fromkeys(names, _Status.NOT_SERVING)
+        self._statuses[LIVENESS] = _Status.SERVING
         self._changed = asyncio.Event()
         self._is_ending = False
         self._response_class = GetMessageClass(pool.FindMessageTypeByName("grpc.health.v1.HealthCheckResponse"))
@@ -40,11 +42,12 @@ class Health:
         return self._statuses
 
     def set_serving(self, is_serving: bool) -> None:
-        """Set all names at once and tell the watchers."""
+        """Set all names but LIVENESS at once and tell the watchers."""
         status = _Status.SERVING if is_serving else _Status.NOT_SERVING
-        if all(value == status for value in self._statuses.values()):
+        statuses = {**dict.fromkeys(self._statuses, status), LIVENESS: _Status.SERVING}
+        if statuses == self._statuses:
             return
-        self._statuses = dict.fromkeys(self._statuses, status)
+        self._statuses = statuses
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

@@ -80,6 +80,11 @@ class ModelHost:
         return "ready" if is_ready else "loading"
 
     @property
+    def is_serving(self) -> bool:
+        """Whether new requests should come here: ready, and the engine makes progress."""
+        return self.state == "ready" and not self.supervisor.is_stalled
+
+    @property
     def info(self) -> ModelInfo | None:
         """What the model's file says; None until it is read."""
         return self._front.info if self._front is not None else None

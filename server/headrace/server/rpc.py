@@ -48,17 +48,26 @@ class Implementation(Protocol):
     def __call__(self, request: Any, call: Call, /) -> Awaitable[Message | None]: ...
 
 
+class LoadReports(Protocol):
+    """`orca.LoadReporter`, which serves an RPC itself."""
+
+    def ended(self, *, is_failure: bool) -> None: ...
+    def trailer(self) -> tuple[tuple[str, bytes], ...]: ...
+
+
 @dataclass(frozen=True)
 class Policy:
     """What holds for all methods of a service.
 
     is_logged: False for probes, which would drown the log and the traces. tenant_header: metadata key of the tenant.
+    load: counts the calls, and adds to their trailers.
     """
 
     default_deadline: float
     max_deadline: float
     is_logged: bool = True
     tenant_header: str = ""
+    load: LoadReports | None = None
 
 
 class Call:
@@ -235,8 +244,14 @@ async def _run(
             if failure is not None:
                 metrics.refused(failure.kind)
             _log_request(call, status, failure, span)
+        trailer: tuple[tuple[str, str | bytes], ...] = ()
+        if policy.load is not None:
+            policy.load.ended(is_failure=status in ("INTERNAL", "UNAVAILABLE"))
+            trailer = policy.load.trailer()
         if failure is not None:
-            await context.abort(failure.kind.code, failure.message, failure.trailing_metadata())
+            await context.abort(failure.kind.code, failure.message, failure.trailing_metadata() + trailer)
+        if trailer and status == "OK":
+            context.set_trailing_metadata(trailer)
         if status == "CANCELLED":
             raise asyncio.CancelledError
 

@@ -30,6 +30,7 @@ _EXIT_SECONDS = 2.0  # for an engine that was hung up on; then it is killed
 _DUMP_SECONDS = 1.0  # for a hung engine to write its stacks
 _FIRST_BACKOFF = 0.1
 _POLL_SECONDS = 0.005
+_LONG_STEPS = 20
 
 
 class EngineState(Enum):
@@ -58,6 +59,7 @@ class Supervisor:
         self.client: EngineClient | None = None
         self.ready: frames.Ready | None = None
         self.progress = 0.0
+        self.is_stalled = False  # the engine has been silent for longer than its steps explain
         self.pid: int | None = None
         self.on_stats: Callable[[EngineStats], None] | None = None  # called with every step's
         self.num_restarts = 0
@@ -133,11 +135,14 @@ class Supervisor:
     async def _watch(self, client: EngineClient, process: subprocess.Popen[bytes]) -> None:
         """Until the engine's end of the socket closes; an engine that says nothing for too long is killed."""
         loop = asyncio.get_running_loop()
-        hang_timeout = self._config.hang_timeout
+        hang_timeout, progress_timeout = self._config.hang_timeout, self._config.progress_timeout
         client.last_heard = loop.time()
         while not client.closed.done():
             client.send(frames.Ping(0))
-            await asyncio.wait((client.closed,), timeout=min(1.0, hang_timeout / 4))
+            await asyncio.wait((client.closed,), timeout=min(1.0, hang_timeout / 4, progress_timeout / 4))
+            # A long step is no stall: the steps of late say what is long.
+            patience = max(progress_timeout, _LONG_STEPS * client.stats.token_seconds)
+            self._set_stalled(not client.closed.done() and loop.time() - client.last_heard > patience)
             if not client.closed.done() and loop.time() - client.last_heard > hang_timeout:
                 log.error("engine %d has been silent for %.1f s; killing it", process.pid, hang_timeout)
                 with contextlib.suppress(ProcessLookupError):
@@ -147,7 +152,14 @@ class Supervisor:
                     process.kill()
                 await asyncio.wait((client.closed,))
         self.client = None
+        self._set_stalled(False)
         self._set(EngineState.LOADING)  # at once, before the process is reaped
+
+    def _set_stalled(self, is_stalled: bool) -> None:
+        if is_stalled != self.is_stalled:
+            self.is_stalled = is_stalled
+            log.warning("the engine makes no progress" if is_stalled else "the engine makes progress again")
+            self._on_change()
 
     def _progressed(self, progress: float) -> None:
         self.progress = progress
