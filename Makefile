@@ -29,7 +29,7 @@ export HEADRACE_NO_NATIVE := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test native native-sanitize native-neon mesh gpu-gates gpu-report check lint types bench bench-peers protos docs clean
+.PHONY: help setup serve demo test native native-sanitize native-neon mesh node gpu-gates gpu-report check lint types bench bench-peers protos docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,10 @@ native-neon: | $(BIN)/python ## cross-compile for Arm; compare its kernels with 
 	@if [ "$$(uname -m)" = aarch64 ]; then $(BUILT)/selftest-aarch64; \
 	elif command -v qemu-aarch64-static >/dev/null; then qemu-aarch64-static $(BUILT)/selftest-aarch64; \
 	else echo "COMPILED, NOT RUN: on Debian, apt install qemu-user-static" >&2; fi
+
+node: ## fetch what the Node client needs (clients/node/node_modules)
+	@command -v npm >/dev/null || { echo "npm is missing. On Debian or Ubuntu: apt install nodejs npm"; exit 1; }
+	cd clients/node && npm install --no-audit --no-fund --no-package-lock --ignore-scripts
 
 mesh: $(NATIVE) $(DEV) ## every claim about replicas behind Envoy, measured; ARGS=--quick takes 5 minutes
 	@$(BIN)/headrace pull

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import random
+import re
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,6 +23,7 @@ from headrace.v1 import inference_pb2_grpc
 from tests.mesh.claims import Stage, Verdict, claim
 from tests.mesh.fleet import Fleet
 
+_NODE = Path(__file__).parents[3] / "clients" / "node"
 _CONCURRENCY = 16
 _WORDS = ("Water", "The wheel", "In 1769 the mill", "def turn(", "Größe und", "🙂 and")
 
@@ -136,13 +141,46 @@ async def _judge(fleet: Fleet, count: int, max_tokens: int, pause: tuple[float, 
 )
 async def killed_at_random(stage: Stage) -> Verdict:
     async with stage.fleet(3) as fleet:
-        return await _judge(fleet, 40 if stage.is_quick else 200, 1500, (0.2, 1.0))
+        count, max_tokens = (40, 800) if stage.is_quick else (200, 1500)
+        return await _judge(fleet, count, max_tokens, (0.1, 0.7))
 
 
 @claim("the same on the default model, SmolLM2-135M", quick=False, timeout=900)
 async def killed_at_random_smollm2(stage: Stage) -> Verdict:
     async with stage.fleet(3, model=stage.smollm2) as fleet:
         return await _judge(fleet, 12, 80, (1.0, 3.0))
+
+
+@claim("the Node client writes the same transcripts while replicas are killed")
+async def killed_at_random_node(stage: Stage) -> Verdict:
+    if shutil.which("node") is None or not (_NODE / "node_modules").is_dir():
+        return Verdict({"NOT RUN": "needs node, and `make node`"}, passed=False)
+    numbers = range(4 if stage.is_quick else 12)
+    async with stage.fleet(3) as fleet:
+        async with AsyncClient(fleet.replicas[0].target) as client:
+            outcomes = await _all(client, numbers, 1500, resume=False)
+        wanted = [(list(transcript.token_ids), transcript.text) for transcript, _ in outcomes]
+        killer = _Killer(fleet)
+        async with killer.at_work((0.2, 0.6)):
+            found = await asyncio.gather(*(_node_transcript(fleet.target, number, 1500) for number in numbers))
+    equal = sum(one == (ids, text) for one, (ids, text, _) in zip(wanted, found, strict=True))
+    legs = sum(count for _, _, count in found)
+    figure = {"equal": equal, "of": len(numbers), "kills": killer.num_kills, "generation_ids": legs}
+    return Verdict(figure, equal == len(numbers) and killer.num_kills > 0)
+
+
+async def _node_transcript(target: str, number: int, max_tokens: int) -> tuple[list[int], str, int]:
+    """Tokens, text and under how many ids they were generated, by the example program of clients/node."""
+    text, sampling = _request(number, max_tokens)
+    camel = {re.sub("_(.)", lambda match: match[1].upper(), name): value for name, value in sampling.items()}
+    arguments = (target, json.dumps({"text": text}), json.dumps(camel), "--resume", "--json")
+    process = await asyncio.create_subprocess_exec(
+        *("node", "examples/generate.js", *arguments), cwd=_NODE, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    chunks = [json.loads(line) for line in out.splitlines()]
+    ids = [token_id for chunk in chunks for token_id in chunk["tokenIds"]]
+    return ids, "".join(chunk["text"] for chunk in chunks), len({chunk["generationId"] for chunk in chunks})
 
 
 @claim("a generation goes on, token for token, when the engine behind its replica is killed and the front end lives")
