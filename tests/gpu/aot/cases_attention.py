@@ -86,7 +86,7 @@ def cases() -> Iterator[Case]:
                 yield Case(
                     f"attention/{name}/kv-{kv}", call, "float", has_fp8 if kv == "fp8" else _any, is_quick=is_quick
                 )
-        for head_dim in (64, 80, 96, 256):
+        for head_dim in (16, 64, 80, 96, 256):
             call = partial(attend, **llama, head_dim=head_dim, num_seqs=seqs, query_len=rows)
             yield Case(f"attention/{name}/head-dim-{head_dim}", call, "float")
         window = partial(attend, **llama, head_dim=128, num_seqs=seqs, query_len=rows, window=4096, soft_cap=50.0)

@@ -13,6 +13,8 @@ SHAPES = {
     "float16": Shape(dtype=torch.float16),
     "bfloat16": Shape(dtype=torch.bfloat16),
     "soft cap": Shape(soft_cap=5.0),
+    "head_dim 16": Shape(head_dim=16, dtype=torch.float16),
+    "head_dim 16 beside int8": Shape(head_dim=16, kv=torch.int8),
     "head_dim 80": Shape(head_dim=80),
     "head_dim 96": Shape(head_dim=96, dtype=torch.float16),
     "head_dim 128": Shape(head_dim=128, heads=2, kv_heads=1),

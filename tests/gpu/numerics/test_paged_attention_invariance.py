@@ -1,14 +1,17 @@
-"""A row's attention does not depend on its neighbours: bit for bit. And what of its own step it may depend on."""
+"""A row's attention depends on its own sequence and position alone: bit for bit. Not on its neighbours, nor on whether
+it comes as a decode row, in a verification, in a prefill chunk or behind a prefix hit."""
 
 import pytest
 import torch
 from headrace.kernels.paged_attention import AttentionConfig
 
-from tests.gpu.numerics.attention_case import TOLERANCE, Sequence, Shape, run, sequence
+from tests.gpu.numerics.attention_case import Sequence, Shape, run, sequence
 
 SHAPE = Shape(heads=4, kv_heads=1, dtype=torch.float16)
 WINDOW = Shape(heads=3, kv_heads=1, window=50, soft_cap=4.0)
 BYTES = Shape(heads=2, kv_heads=1, dtype=torch.bfloat16, kv=torch.int8)
+PARTS = Shape(heads=2, kv_heads=1, head_dim=80, dtype=torch.bfloat16)
+BROAD = Shape(heads=8, kv_heads=1, head_dim=32)
 
 
 def neighbours(shape: Shape, count: int) -> list[Sequence]:
@@ -33,18 +36,18 @@ def test_alone_and_among_others(shape: Shape, rows: int, device: str) -> None:
         assert torch.equal(outs[place], alone), f"among {count}"
 
 
-@pytest.mark.parametrize("shape", [SHAPE, WINDOW], ids=["float16", "window"])
+@pytest.mark.parametrize(
+    "shape", [SHAPE, WINDOW, BYTES, PARTS, BROAD], ids=["float16", "window", "int8", "head_dim 80", "float32"]
+)
 def test_chunks_of_a_prompt(shape: Shape, device: str) -> None:
-    """Rows of the prefill kernel are the same bits wherever the chunk began; by other kernels they are close."""
+    """The same bits wherever a chunk began, and whichever kernel its rows get: three splits, all three kernels."""
     whole = sequence(shape, 170, 170, 1)
     want = run(shape, [whole], device)[0]
-    chunks = [whole.first(75, 75), whole.first(165, 90)]
+    chunks = [whole.first(75, 75), whole.first(165, 90), *(whole.last(rows) for rows in (1, 5, 20, 60))]
+    chunks += [whole.first(length, 1) for length in (1, 64, 65, 128, 129)]
     for chunk, out in zip(chunks, run(shape, chunks, device), strict=True):
-        assert torch.equal(out, want[chunk.length - len(out) : chunk.length])
-    limit = TOLERANCE[shape.dtype] * float(want.abs().max())
-    for rows in (1, 5, 20):
-        out = run(shape, [whole.last(rows)], device)[0]
-        assert float((out - want[-rows:]).abs().max()) <= limit, f"last {rows} rows"
+        rows = slice(chunk.length - len(out), chunk.length)
+        assert torch.equal(out, want[rows]), f"rows {rows.start} to {rows.stop} of the prompt"
 
 
 def test_rows_of_a_prefill_tile(device: str) -> None:

@@ -58,9 +58,9 @@ def validate_triton(use: AttentionUse) -> list[str]:
     if use.block_size not in (16, 32, 64, 128):
         reasons.append(f"block size {use.block_size}: the kernels take 16, 32, 64 or 128")
     reasons += [
-        f"head_dim {head_dim}: the kernels take multiples of 16 from 32 to 256"
+        f"head_dim {head_dim}: the kernels take multiples of 16 from 16 to 256"
         for head_dim in use.head_dims
-        if head_dim % 16 or not 32 <= head_dim <= 256
+        if head_dim % 16 or not 16 <= head_dim <= 256
     ]
     return reasons
 

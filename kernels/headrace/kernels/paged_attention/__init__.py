@@ -14,8 +14,9 @@ The contract of the GPU implementations (`triton.paged_attention`, `flash.paged_
 - cu_seqlens_q [B + 1], seq_lens [B], block_tables [B, W]: int32 on the device, as in `batch.StepBatch`. A sequence's
   last query row stands at position seq_lens - 1, the others before it; a sequence without rows costs nothing.
 - Whatever slots past a sequence's end or blocks of nobody hold, NaN included, reaches no output.
-- A row's bits depend on its sequence alone: on the position of its query, how many rows its sequence has in this step,
-  and the model's `AttentionConfig`; never on its neighbours in the batch.
+- A row's bits (of `triton`, not of `flash`) depend on its sequence, the position of its query and the model's
+  `AttentionConfig` alone: not on its neighbours in the batch, nor on how many rows its sequence has in this step. So a
+  token is the same whether its KV was computed in one prompt, in chunks, as decode rows or found in the prefix cache.
 """
 
 from headrace.kernels.paged_attention.config import AttentionConfig, default_config

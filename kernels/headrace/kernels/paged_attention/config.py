@@ -15,8 +15,8 @@ MAX_SPLIT_ROWS = 64
 class AttentionConfig:
     """Valid on every target as it stands.
 
-    What changes a row's bits, fixed by the model alone: block_n (KV positions per tile; divides block_size), split (KV
-    positions per split, a multiple of block_n) and, through the model's group, which sequences are split.
+    What changes a row's bits, fixed by the model alone: block_n (KV positions per tile; divides block_size) and split
+    (KV positions per split, a multiple of block_n).
     What does not: block_m of prefill, warps, stages, and max_programs, a bound on the split kernel's grid (programs
     beyond the work are not launched; programs fewer than it take turns). verify: the split kernel's larger tile.
     """
@@ -64,13 +64,20 @@ def default_config(
         block_n = min(16, block_size)
         return AttentionConfig(block_n=block_n, split_stages=2, verify_warps=4, prefill_block_m=16, prefill_warps=4)
     block_n = min(64 if head_dim <= 128 else 32, block_size)
-    is_large = arch.startswith(("sm_9", "sm_1"))
     is_amd = arch.startswith("gfx")
-    # 255 registers a thread hold the accumulators of 128 rows where a warp group keeps them, or where they are few.
-    is_roomy = is_large or (kv_bytes == 2 and head_dim in (64, 128) and not has_window_or_cap)
+    # The prefill kernel keeps two accumulators, of the split and of those before it, in 255 registers a thread.
+    if is_amd:
+        prefill_rows = 64
+    elif arch.startswith(("sm_9", "sm_1")):
+        prefill_rows = 64 if has_window_or_cap or head_dim > 128 else 128
+    elif 64 < head_dim < 128:
+        prefill_rows = 16  # two parts, each with its two accumulators
+    else:
+        prefill_rows = 64 if kv_bytes == 2 and head_dim <= 128 else 32
     return AttentionConfig(
         block_n=block_n,
         # 256 registers of 512 a thread are all that eight wavefronts leave each other.
-        verify_warps=4 if is_amd else 8,
-        prefill_block_m=128 if is_roomy else 64,
+        verify_warps=4 if is_amd or head_dim < 32 else 8,
+        prefill_warps=4 if is_amd or prefill_rows == 16 or head_dim < 32 else 8,
+        prefill_block_m=prefill_rows,
     )

@@ -99,7 +99,8 @@ def paged_attention(
         block_m = max(config.prefill_block_m, triton.next_power_of_2(group))
         prefill_kernel[q.shape[0] // (block_m // group) + num_seqs, num_kv_heads](
             q, k_cache, v_cache, out, cu_seqlens_q, seq_lens, block_tables, k_scale, v_scale, rate, cap, window,
-            *strides, num_seqs, BLOCK_M=block_m, MIN_QUERIES=large // group + 1, STAGES=config.prefill_stages,
+            *strides, num_seqs, BLOCK_M=block_m, SPLIT=config.split,
+            MIN_QUERIES=large // group + 1, STAGES=config.prefill_stages,
             num_warps=config.prefill_warps, **kinds,
         )  # fmt: skip
     rows_per_seq = min(max_query_len, large // group)
@@ -135,7 +136,7 @@ def soft_cap_factors(scale: float, soft_cap: float) -> tuple[float, float]:
 def _widths(head_dim: int, kind: int) -> tuple[int, int]:
     """Columns of the two parts of a tile, powers of two; what they have beyond head_dim is never loaded."""
     if kind != KV_PLAIN.value:
-        half = triton.next_power_of_2(head_dim // 2)
+        half = max(16, triton.next_power_of_2(head_dim // 2))  # a matrix instruction takes no fewer
         return half, half
     first = 1 << (head_dim.bit_length() - 1)
     # 16 columns are too few for four warps: they would all do the same work.
@@ -179,8 +180,8 @@ def _check(
     if k.dtype != q.dtype and k.dtype not in KV_KINDS:
         raise ValueError(f"KV must be {q.dtype}, float8_e4m3fn, uint8 (its bits) or int8, is {k.dtype}")
     head_dim, block_size = k.shape[3], k.shape[2]
-    if head_dim % 16 or not 32 <= head_dim <= 256:
-        raise ValueError(f"head_dim must be a multiple of 16 in 32 .. 256, is {head_dim}")
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        raise ValueError(f"head_dim must be a multiple of 16 in 16 .. 256, is {head_dim}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} heads cannot be grouped over {k.shape[1]} KV heads")
     if block_size % config.block_n:

@@ -1,12 +1,20 @@
 """Attention of sequences with many query rows (prefill chunks): one program per block of query rows and KV head.
 
-Called by triton.py. A row's tiles are those of whole blocks from its sequence's start on, so its bits do not depend on
-where the chunk began.
+Called by triton.py. KV is taken in the splits of triton_split.py and merged in its order by the same operations: a
+row's bits are those that it would have as a decode row, wherever its chunk began.
 """
 
 import triton
 import triton.language as tl
-from headrace.kernels.paged_attention.triton_tile import attend, load_query, load_scales, store_result
+from headrace.kernels.paged_attention.triton_tile import (
+    LOWEST,
+    attend,
+    first_split,
+    load_query,
+    load_scales,
+    merge,
+    store_result,
+)
 
 
 @triton.jit
@@ -31,7 +39,7 @@ def prefill_kernel(q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, seq_lens_ptr, t
                    rate, cap, window, q_step_t, q_step_h, k_step, k_step_h, v_step, v_step_h, out_step_t, out_step_h,
                    table_step, num_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, W0: tl.constexpr,
                    W1: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-                   MIN_QUERIES: tl.constexpr, KV: tl.constexpr, DOT: tl.constexpr, HAS_SCALES: tl.constexpr,
+                   SPLIT: tl.constexpr, MIN_QUERIES: tl.constexpr, KV: tl.constexpr, DOT: tl.constexpr, HAS_SCALES: tl.constexpr,
                    SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr, INLINE_ASM: tl.constexpr,
                    STAGES: tl.constexpr):  # fmt: skip
     """Grid (T // BLOCK_Q + num_seqs, num_kv_heads), BLOCK_Q = BLOCK_M // GROUP; late blocks, the long ones, first.
@@ -58,14 +66,25 @@ def prefill_kernel(q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, seq_lens_ptr, t
     q0, q1 = load_query(q_ptr, q_offset, is_row, W0, W1, DIM, KV, DOT)
     first_pos = context + token_lo
     last_pos = context + token_hi - 1
-    lo = 0
-    if WINDOW:
-        lo = tl.maximum(first_pos - window + 1, 0) // BLOCK_N
-    _, total, acc0, acc1 = attend(
-        lo, tl.cdiv(last_pos + 1, BLOCK_N), first_pos, last_pos, q0, q1, k_ptr + kv_head * k_step_h,
-        v_ptr + kv_head * v_step_h, tables_ptr + seq.to(tl.int64) * table_step, k_step, v_step, context + token, window,
-        rate, cap, BLOCK_M, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW, INLINE_ASM, False, STAGES,
-    )  # fmt: skip
+    table = tables_ptr + seq.to(tl.int64) * table_step
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, W0], tl.float32)
+    acc1 = 0.0
+    if W1 > 0:
+        acc1 = tl.zeros([BLOCK_M, W1], tl.float32)
+    # As in split_kernel: hoisting would keep more in registers than there are.
+    for split in tl.range(first_split(first_pos, window, SPLIT, WINDOW), last_pos // SPLIT + 1, disable_licm=True):
+        lo = split * (SPLIT // BLOCK_N)
+        hi = tl.minimum(lo + SPLIT // BLOCK_N, tl.cdiv(last_pos + 1, BLOCK_N))
+        if WINDOW:
+            lo = tl.maximum(lo, tl.maximum(first_pos - window + 1, 0) // BLOCK_N)
+        part_peak, part_total, part0, part1 = attend(
+            lo, hi, first_pos, last_pos, q0, q1, k_ptr + kv_head * k_step_h, v_ptr + kv_head * v_step_h, table, k_step,
+            v_step, context + token, window, rate, cap, BLOCK_M, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP,
+            WINDOW, INLINE_ASM, STAGES,
+        )  # fmt: skip
+        peak, total, acc0, acc1 = merge(peak, total, acc0, acc1, part_peak, part_total, part0, part1, W1)
     factor = (v_scale / tl.where(is_row, total, 1.0))[:, None]
     out_offset = (row_begin + token) * out_step_t + head * out_step_h
     store_result(out_ptr, out_offset, is_row, acc0 * factor, acc1 * factor, W0, W1, DIM, KV)

@@ -13,6 +13,7 @@ from headrace.kernels.paged_attention.triton_tile import (
     load_query,
     load_rows,
     load_scales,
+    merge,
     store_result,
     store_rows,
 )
@@ -62,7 +63,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, out_ptr, partial_ptr, stats_ptr, cu_seqlen
         peak, total, acc0, acc1 = attend(
             lo, hi, context, seq_len - 1, q0, q1, k_ptr + kv_head * k_step_h, v_ptr + kv_head * v_step_h, table, k_step,
             v_step, context + token, window, rate, cap, BLOCK_M, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP,
-            WINDOW, INLINE_ASM, BLOCK_M <= 32, STAGES,
+            WINDOW, INLINE_ASM, STAGES,
         )  # fmt: skip
         if split_hi - split_lo == 1:
             factor = (v_scale / tl.where(is_row, total, 1.0))[:, None]
@@ -108,11 +109,6 @@ def reduce_kernel(partial_ptr, stats_ptr, out_ptr, cu_seqlens_ptr, seq_lens_ptr,
             part_peak = tl.load(stats_ptr + where * 2)
             part_total = tl.load(stats_ptr + where * 2 + 1)
             part = load_rows(partial_ptr, where * DIM, is_row, 0, W, DIM)
-            top = tl.maximum(peak, part_peak)
-            old = tl.math.exp2(peak - top)
-            new = tl.math.exp2(part_peak - top)
-            total = tl.fma(total, old, part_total * new)
-            acc = tl.fma(acc, old[:, None], part * new[:, None])
-            peak = top
+            peak, total, acc, _ = merge(peak, total, acc, 0.0, part_peak, part_total, part, 0.0, 0)
         out_offset = (row_begin + token) * out_step_t + head * out_step_h + one
         store_rows(out_ptr, out_offset, is_row, acc * (v_scale / total)[:, None], 0, W, DIM)

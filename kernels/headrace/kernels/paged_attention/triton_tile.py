@@ -76,7 +76,7 @@ def load_parts(base, is_kept, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.conste
 def step(tile, block, q0, q1, keys, values, k_step, v_step, peak, total, acc0, acc1, row_pos, kv_begin, kv_end, window,
          rate, cap, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr,
          BLOCK_SIZE: tl.constexpr, KV: tl.constexpr, DOT: tl.constexpr, SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr,
-         INLINE_ASM: tl.constexpr, WIDE_SUM: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+         INLINE_ASM: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """One tile: scores, maximum, weights, accumulators. MASKED where some row does not see all of the tile.
 
     Slots that no row sees are not masked among keys, whose scores are, but among values: their weight is 0, and 0 times
@@ -110,10 +110,7 @@ def step(tile, block, q0, q1, keys, values, k_step, v_step, peak, total, acc0, a
     if MASKED:
         p = tl.where(is_seen, p, 0.0)
     alpha = tl.math.exp2(peak - top)
-    if WIDE_SUM:
-        total = tl.fma(total, alpha[:, None], p)
-    else:
-        total = tl.fma(total, alpha, tl.sum(p, 1))
+    total = tl.fma(total, alpha, tl.sum(p, 1))
     p = p.to(DOT)
     v_tile = values + block.to(tl.int64) * v_step + tile % TILES * STEP
     v0, v1 = load_parts(v_tile, is_kept, W0, W1, DIM, BLOCK_N, KV, DOT, INLINE_ASM, False, MASKED)
@@ -127,19 +124,15 @@ def step(tile, block, q0, q1, keys, values, k_step, v_step, peak, total, acc0, a
 def attend(lo, hi, first_pos, last_pos, q0, q1, keys, values, table, k_step, v_step, row_pos, window, rate, cap,
            BLOCK_M: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr,
            BLOCK_SIZE: tl.constexpr, KV: tl.constexpr, DOT: tl.constexpr, SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr,
-           INLINE_ASM: tl.constexpr, WIDE_SUM: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+           INLINE_ASM: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Rows at positions first_pos .. last_pos over tiles lo .. hi - 1: (maximum, sum, accumulators), unnormalised.
 
     Tiles at the window's edge, then tiles that all rows see whole, then tiles at the causal edge: only the first and
-    the last kind pay for masks. WIDE_SUM keeps sums of weights per column until the end, which spares the loop a
-    reduction over warps where warps share a row (few rows).
+    the last kind pay for masks.
     """
     TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)
-    if WIDE_SUM:
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    else:
-        total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, W0], tl.float32)
     acc1 = 0.0
     if W1 > 0:
@@ -155,8 +148,7 @@ def attend(lo, hi, first_pos, last_pos, q0, q1, keys, values, table, k_step, v_s
             block = tl.load(table + tile // TILES)
             peak, total, acc0, acc1 = step(
                 tile, block, q0, q1, keys, values, k_step, v_step, peak, total, acc0, acc1, row_pos, kv_begin, kv_end,
-                window, rate, cap, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW, INLINE_ASM, WIDE_SUM,
-                True,
+                window, rate, cap, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW, INLINE_ASM, True,
             )  # fmt: skip
     full_hi = tl.maximum(tl.minimum(hi, kv_full(first_pos, BLOCK_N)), full_lo)
     block = tl.load(table + tl.minimum(full_lo, hi - 1) // TILES)
@@ -164,19 +156,29 @@ def attend(lo, hi, first_pos, last_pos, q0, q1, keys, values, table, k_step, v_s
         next_block = tl.load(table + tl.minimum(tile + 1, hi - 1) // TILES)
         peak, total, acc0, acc1 = step(
             tile, block, q0, q1, keys, values, k_step, v_step, peak, total, acc0, acc1, row_pos, kv_begin, kv_end,
-            window, rate, cap, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW, INLINE_ASM, WIDE_SUM, False,
+            window, rate, cap, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW, INLINE_ASM, False,
         )  # fmt: skip
         block = next_block
     for tile in tl.range(full_hi, hi, num_stages=2):
         block = tl.load(table + tile // TILES)
         peak, total, acc0, acc1 = step(
             tile, block, q0, q1, keys, values, k_step, v_step, peak, total, acc0, acc1, row_pos, kv_begin, kv_end,
-            window, rate, cap, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW, INLINE_ASM, WIDE_SUM, True,
+            window, rate, cap, W0, W1, DIM, BLOCK_N, BLOCK_SIZE, KV, DOT, SOFT_CAP, WINDOW, INLINE_ASM, True,
         )  # fmt: skip
-    if WIDE_SUM:
-        return peak, tl.sum(total, 1), acc0, acc1
-    else:
-        return peak, total, acc0, acc1
+    return peak, total, acc0, acc1
+
+
+@triton.jit
+def merge(peak, total, acc0, acc1, part_peak, part_total, part0, part1, W1: tl.constexpr):
+    """Results of the positions so far and of those of the next split, as `attend` gives them, made one."""
+    top = tl.maximum(peak, part_peak)
+    old = tl.math.exp2(peak - top)
+    new = tl.math.exp2(part_peak - top)
+    total = tl.fma(total, old, part_total * new)
+    acc0 = tl.fma(acc0, old[:, None], part0 * new[:, None])
+    if W1 > 0:
+        acc1 = tl.fma(acc1, old[:, None], part1 * new[:, None])
+    return top, total, acc0, acc1
 
 
 @triton.jit
