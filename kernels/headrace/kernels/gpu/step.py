@@ -30,6 +30,7 @@ from headrace.kernels.gpu.ops import (
 from headrace.kernels.gpu.setup import Launching
 from headrace.kernels.gpu.shape import StepLimits, StepShape
 from headrace.kernels.gpu.staging import DeviceBatch
+from headrace.kernels.gpu.triton_rows import add, select
 from headrace.kernels.gpu.triton_tokens import resolve_tokens
 from headrace.kernels.gpu.weights import DeviceWeights
 from headrace.kernels.linear.epilogue import NextNorm as ProductsNextNorm
@@ -225,8 +226,7 @@ class StepRunner:
             )
 
     def _add(self, op: Add, shape: StepShape) -> None:
-        # After Gemma's norms alone: a launch of torch's, captured like ours.
-        torch.add(self._tensor(op.a, shape), self._tensor(op.b, shape), out=self._tensor(op.out, shape))
+        add(self._tensor(op.a, shape), self._tensor(op.b, shape), self._tensor(op.out, shape))
 
     def _gated_activation(self, op: GatedActivation, shape: StepShape) -> None:
         gate, up, out = (self._tensor(name, shape) for name in (op.gate, op.up, op.out))
@@ -244,7 +244,7 @@ class StepRunner:
     def _select_rows(self, op: SelectRows, shape: StepShape) -> None:
         if not shape.selects_all and shape.num_logits:
             rows = self._batch.logit_rows[: shape.num_logits]
-            torch.index_select(self._tensor(op.x, shape), 0, rows, out=self._tensor(op.out, shape))
+            select(self._tensor(op.x, shape), rows, self._tensor(op.out, shape))
 
     def _soft_cap(self, op: SoftCap, shape: StepShape) -> None:
         soft_cap(self._tensor(op.x, shape), op.cap)
