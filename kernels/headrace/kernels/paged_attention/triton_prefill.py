@@ -39,8 +39,8 @@ def prefill_kernel(q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, seq_lens_ptr, t
                    rate, cap, window, q_step_t, q_step_h, k_step, k_step_h, v_step, v_step_h, out_step_t, out_step_h,
                    table_step, num_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, W0: tl.constexpr,
                    W1: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-                   SPLIT: tl.constexpr, MIN_QUERIES: tl.constexpr, KV: tl.constexpr, DOT: tl.constexpr, HAS_SCALES: tl.constexpr,
-                   SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr, INLINE_ASM: tl.constexpr,
+                   SPLIT: tl.constexpr, MIN_QUERIES: tl.constexpr, KV: tl.constexpr, DOT: tl.constexpr,
+                   HAS_SCALES: tl.constexpr, SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr, INLINE_ASM: tl.constexpr,
                    STAGES: tl.constexpr):  # fmt: skip
     """Grid (T // BLOCK_Q + num_seqs, num_kv_heads), BLOCK_Q = BLOCK_M // GROUP; late blocks, the long ones, first.
 
