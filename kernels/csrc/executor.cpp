@@ -15,6 +15,8 @@ namespace {
 // Then a thread that finds no units sleeps: long enough for most stages, short enough to leave the core to a thread
 // that holds units and was pushed off its own.
 constexpr int64_t kSpin = 50'000;  // ns
+// For so long it looks at another thread's clock, to see whether that runs.
+constexpr int64_t kLook = 10'000;  // ns
 
 constexpr int kTileRows = 64;
 
@@ -101,6 +103,7 @@ Executor::Executor(Program& program, const KernelTable& kernels, bool is_profile
       num_stages_((int)(program.ropes.size() + program.ops.size()) + 1),
       sample_(),
       nanoseconds_(program.ops.size() + 2, 0),
+      places_((size_t)program.num_threads),
       pool_(program.num_threads) {
   pool_.begin(help, this);
 }
@@ -150,17 +153,36 @@ void Executor::begin_step(const HrStepBatch& batch) {
 
 // Until the step is over, for the caller; until the executor is destroyed, for its helpers.
 void Executor::work(int thread) {
+  Place& place = places_[(size_t)thread];
+  place.take();
   Range range;
   for (;;) {
     const uint32_t seen = changes_.load();
     if (thread == 0 ? is_over_.load(std::memory_order_acquire) : is_stopping_.load(std::memory_order_acquire)) return;
     if (units_.take(program_.num_threads, range)) {
+      place.set_busy(true);
       run_stage(stage_, range, thread);
       if (units_.finish(range)) open_next(thread);
+      place.set_busy(false);
     } else {
-      changes_.wait(seen, kSpin, false);
+      wait(thread, seen);
     }
   }
+}
+
+// Until something changes. Who has spun in vain changes places with a thread that holds units but does not run.
+void Executor::wait(int thread, uint32_t seen) {
+  if (changes_.spin(seen, kSpin, false)) return;
+  for (int other = 0; other < program_.num_threads; other++) {
+    const Place& place = places_[(size_t)other];
+    if (other == thread || !place.is_busy()) continue;
+    const int64_t before = place.nanoseconds();
+    if (changes_.spin(seen, kLook, false)) return;
+    if (before < 0 || place.nanoseconds() - before > kLook / 4) continue;
+    place.swap();
+    break;
+  }
+  changes_.sleep(seen);
 }
 
 // Called by the one thread that has finished the stage before: the next one that has units, or the end of the step.

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <vector>
 
+#include "place.h"
 #include "pool.h"
 #include "program.h"
 #include "units.h"
@@ -30,6 +31,7 @@ class Executor {
   static void help(void* self, int thread) { static_cast<Executor*>(self)->work(thread); }
   void begin_step(const HrStepBatch& batch);
   void work(int thread);
+  void wait(int thread, uint32_t seen);
   void open_next(int thread);
   void run_stage(int stage, const Range& range, int thread);
   void run_op(const Op& op, const Range& range, int thread);
@@ -47,7 +49,8 @@ class Executor {
   std::vector<int64_t> nanoseconds_;  // by op, then of what precedes the first, then of sampling
   int64_t last_time_ = 0;
 
-  int stage_ = 0;  // that is open; read by those who hold units of it
+  std::vector<Place> places_;  // by thread
+  int stage_ = 0;              // that is open; read by those who hold units of it
   Units units_;
   alignas(kAlign) WaitWord changes_;                 // counts stages that opened, steps that ended, and the end
   alignas(kAlign) std::atomic<bool> is_over_{true};  // the step

@@ -34,11 +34,13 @@ class WaitWord {
     if (!spin(seen, spin_ns, yields)) sleep(seen);
   }
 
+  // The two halves of wait. True: the number has changed.
+  bool spin(uint32_t seen, int64_t spin_ns, bool yields) const;
+  void sleep(uint32_t seen);
+
  private:
   static constexpr uint32_t kSleeps = 1;
 
-  bool spin(uint32_t seen, int64_t spin_ns, bool yields) const;
-  void sleep(uint32_t seen);
   void wake();
 
   std::atomic<uint32_t> word_{0};

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,24 @@ def test_close_gives_the_threads_back(model: LoadedModel) -> None:
     make(model, num_threads=3)  # dropped without a word
     gc.collect()
     assert psutil.Process().num_threads() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads change places on Linux alone")
+def test_threads_may_run_where_they_might_before(model: LoadedModel) -> None:
+    """Beside processes that take their cores away they change places, by their affinities; nobody else must see it."""
+    executor = make(model, num_threads=3)
+    want = executor.forward(GOOD)
+    before = {thread.id: os.sched_getaffinity(thread.id) for thread in psutil.Process().threads()}
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(len(before[os.getpid()]) + 1)]
+    try:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            np.testing.assert_array_equal(executor.forward(GOOD), want)
+        assert {thread: os.sched_getaffinity(thread) for thread in before} == before
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_the_interpreter_runs_on_while_a_step_computes(model: LoadedModel) -> None:
