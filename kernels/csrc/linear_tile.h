@@ -163,7 +163,7 @@ inline int next_tile(int rows) {
 
 // Blocks unpacked at once: 12 or 18 KiB of integers and 3 KiB of scales in the first cache.
 constexpr int kChunkBlocks = 24, kWordChunkBlocks = 18;
-constexpr int64_t kAheadOfOneRow = 4096;  // bytes that a single row's product prefetches ahead
+constexpr int64_t kAheadOfOneRow = 8192;  // bytes that a single row's product prefetches ahead
 
 // A run of blocks of a panel, in one of the unpacked formats, and scales as float32. Exact.
 struct UnpackedChunk {
