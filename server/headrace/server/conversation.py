@@ -6,8 +6,8 @@ anew could cut the answer's text into other tokens than the model chose, and wou
 template that trims, an answer cut by a stop string), everything is tokenised anew.
 
 An answer that was interrupted stands for its tokens, wherever they end: within a word, or a character. The template
-gets a mark in its place, a word that nobody else can have written, which it neither trims nor cuts; what comes after
-the mark goes on behind the tokens that were heard.
+gets a mark in its place, a number that nobody else can have written, which it neither trims nor rewrites; what comes
+after the mark goes on behind the tokens that were heard.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from headrace.server.generation import Chunk
 from headrace.server.prompts import Prepared, Prompts
 from headrace.v1 import inference_pb2 as pb
 
-_MARK_LETTERS = 24  # of 26 each: 112 bits
+_MARK_DIGITS = 34  # 112 bits
 
 Message = dict[str, str]
 
@@ -127,7 +127,7 @@ class Conversation:
         ids = self._answer_ids[: self._num_heard]
         detokenizer = Detokenizer(self._tokenizer)
         said = self._tokenizer.shield(detokenizer.push(ids) + detokenizer.flush())
-        mark = "".join(secrets.choice(string.ascii_lowercase) for _ in range(_MARK_LETTERS))
+        mark = "".join(secrets.choice(string.digits) for _ in range(_MARK_DIGITS))
         self._settle(said, mark, (*self._turn.prompt.ids, *ids))
 
     def _settle(self, said: str, marked: str, ids: tuple[int, ...] | None) -> None:
