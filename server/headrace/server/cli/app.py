@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from headrace.server.cli import bench, chat, demo, doctor, generate, models, output, replay, serve
+from headrace.server.cli import bench, chat, demo, doctor, gateway, generate, models, output, replay, serve
 
 app = typer.Typer(
     name="headrace",
@@ -24,6 +24,7 @@ app = typer.Typer(
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 server not reachable, 130 interrupted.""",
 )
 app.command("serve", rich_help_panel="Serve", no_args_is_help=False)(serve.serve)
+app.command("gateway", rich_help_panel="Serve")(gateway.gateway)
 app.command("demo", rich_help_panel="Serve")(demo.demo)
 app.command("generate", rich_help_panel="Use a server")(generate.generate)
 app.command("chat", rich_help_panel="Use a server")(chat.chat)
