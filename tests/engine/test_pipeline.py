@@ -11,6 +11,7 @@ import random
 from collections import deque
 from dataclasses import replace
 
+import msgspec
 import pytest
 from headrace.engine.config import EngineConfig
 from headrace.engine.engine import Engine
@@ -259,4 +260,36 @@ def test_whatever_happens_the_tokens_are_those_of_a_solo_run(seed: int) -> None:
         assert run.tokens.get(number, []) == tokens, f"sequence {number}"
     for number, logprobs in scored.items():
         assert run.logprobs[number] == logprobs
+    assert run.executor.max_in_flight == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_credit_is_exact_with_a_step_in_flight(seed: int) -> None:
+    """Grants and pauses come at any time, between a step's being queued and its being known too; conversations are
+    pinned when they end, with rows in flight."""
+    rng = random.Random(seed)
+    run = Run(config(num_blocks=rng.choice([13, 30]), max_waiting_seqs=50, max_waiting_tokens=2000))
+    granted = {number: rng.randint(0, 4) for number in range(8)}
+    wanted = {}
+    for number, credit in granted.items():
+        item = request(number, [number % 3 + 1] * rng.randint(1, 9), max_tokens=16)
+        wanted[number] = solo_tokens(item.prompt, number, 16)
+        run.engine.add(msgspec.structs.replace(item, credit=credit, conversation=number % 3, lease=100.0))
+    for _ in range(200):
+        run.step()
+        assert all(len(run.tokens.get(number, [])) <= credit for number, credit in granted.items())
+        pick, what = rng.randrange(8), rng.random()
+        if what < 0.2:
+            granted[pick] += rng.randint(1, 3)
+            run.engine.grant(pick, granted[pick])
+        elif what < 0.3:
+            (run.engine.park if what < 0.25 else run.engine.unpark)(pick)
+    for number in granted:
+        run.engine.unpark(number)
+    run.finish()
+    assert all(len(run.tokens.get(number, [])) == min(credit, 16) for number, credit in granted.items())
+    for number in granted:
+        run.engine.grant(number, 16)
+    run.finish()
+    assert run.tokens == wanted
     assert run.executor.max_in_flight == 2
