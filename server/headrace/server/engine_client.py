@@ -11,8 +11,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import msgspec
 from headrace.engine.types import EngineStats, FinishOutput, SequenceOutput, SequenceRequest, TokenOutput
@@ -24,8 +23,7 @@ from opentelemetry.context import Context
 log = logging.getLogger("headrace.server")
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(NamedTuple):
     """What a stream had: tokens in order, and how the sequence ended if it has."""
 
     tokens: list[TokenOutput]
@@ -40,6 +38,7 @@ class Mailbox:
         self.on_stall = on_stall
         self._ready: dict[TokenStream, None] = {}
         self._is_woken = False
+        self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
 
     def notify(self, stream: TokenStream) -> None:
@@ -56,7 +55,7 @@ class Mailbox:
     async def wait(self) -> list[TokenStream]:
         """Streams with news, in the order the news came; empty where only `wake` was called. One waiter at a time."""
         if not self._is_woken:
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:

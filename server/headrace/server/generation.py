@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from headrace.engine.types import FinishOutput, SamplingParams, TokenOutput
 from headrace.models.detokenizer import Detokenizer
@@ -40,8 +41,7 @@ class Ending:
     receipt: Receipt | None = None
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """News of one generation. offset: index of the first of `tokens` among the generated tokens. generation_id: ours.
     origin: in the first chunk where it is to be told."""
 
@@ -73,6 +73,8 @@ class Generation:
         self.max_tokens = 0  # in force; set by who submits
         self.ending: Ending | None = None
         self.stream: TokenStream | None = None
+        self._tokenizer = tokenizer
+        self._stop_strings = tuple(stops)  # as at its start
         self._detokenizer = Detokenizer(tokenizer)
         self._includes_stop = include_stop
         self._stops = StopStrings(stops, include_stop) if stops else None
@@ -89,21 +91,28 @@ class Generation:
         taken here. Returns how they end the generation, None where it goes on. Call it before the first take. Raises
         InvalidRequestError where they go on behind an end. path: of the request in its message."""
         ends = frozenset(params.stop_token_ids)
-        stop_token_id = None
-        for position, token_id in enumerate(ids):
-            if self._matched is not None or stop_token_id is not None or position >= params.max_tokens:
-                raise InvalidRequestError([Violation(f"{path}{_HELD}", f"end before the index {position}", "CONFLICT")])
-            if token_id in ends and position >= params.min_tokens:
-                stop_token_id = token_id
-            else:
-                text = self._detokenizer.push([token_id])
-                self._matched = self._stops.push(text).matched if self._stops is not None else None
+        stop_at = next((i for i, token_id in enumerate(ids) if i >= params.min_tokens and token_id in ends), len(ids))
+        last = min(stop_at + 1, params.max_tokens)
+        if len(ids) > last:
+            raise InvalidRequestError([Violation(f"{path}{_HELD}", f"end before the index {last}", "CONFLICT")])
+        stop_token_id = ids[stop_at] if stop_at < len(ids) else None
+        spoken = ids[:stop_at]
+        text = self._detokenizer.push(spoken)
+        if self._stops is not None:
+            self._matched = self._stops.push(text).matched
+            if self._matched is not None and (stop_token_id is not None or self._stops_within(spoken[:-1])):
+                raise InvalidRequestError([Violation(f"{path}{_HELD}", "go on behind a stop string", "CONFLICT")])
         self._num_tokens = len(ids)
         self._hasher.update(ids)
         if self._matched is not None or stop_token_id is not None:
             return FinishOutput("stop", stop_token_id=stop_token_id, num_prompt_tokens=self.num_prompt_tokens)
         is_full = len(ids) >= params.max_tokens
         return FinishOutput("length", num_prompt_tokens=self.num_prompt_tokens) if is_full else None
+
+    def _stops_within(self, ids: Sequence[int]) -> bool:
+        """Whether the text of these first tokens holds a stop string."""
+        detokenizer, stops = Detokenizer(self._tokenizer), StopStrings(self._stop_strings, False)
+        return stops.push(detokenizer.push(ids)).matched is not None
 
     def take(self) -> Chunk | None:
         """What is new since the last take; None where nothing can be told yet.
@@ -155,15 +164,17 @@ class Generation:
         if is_cut:
             tokens = []
         elif tokens:
-            began = time.monotonic()
+            is_traced = self.stream is not None and self.stream.trace_context is not None
+            began = time.monotonic() if is_traced else 0.0
             tokens, more = self._read(tokens, finish)
             text += more
-            self._text_began = self._text_began or began
-            self._text_seconds += time.monotonic() - began
+            if is_traced:
+                self._text_began = self._text_began or began
+                self._text_seconds += time.monotonic() - began
         offset = self._num_tokens
         self._num_tokens += len(tokens)
         if tokens:
-            self._hasher.update(token.token_id for token in tokens)
+            self._hasher.update([token.token_id for token in tokens])
         if self._matched is not None and finish is None:
             assert self.stream is not None
             self.stream.cancel()

@@ -85,7 +85,7 @@ class InferenceService:
             return
         async with self._run(request, call, "") as running:
             async for generation, news in running.chunks(call):
-                await call.write(pb.GenerateResponse(chunk=convert.chunk(generation.index, news)))
+                await call.write_serialized(convert.generate_response(generation.index, news))
 
     async def resume(self, request: pb.ResumeRequest, call: Call) -> None:
         """The messages of a resumable generation, from an offset on."""

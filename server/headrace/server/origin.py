@@ -6,12 +6,11 @@ last; `convert.py` turns both into protobuf.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from headrace.models.digest import token_bytes, token_hash
+from headrace.models.digest import token_hash
 from headrace.server import errors
 from headrace.server.errors import ServerError
 from headrace.server.model_host import ModelHost
@@ -48,13 +47,13 @@ class TokenHasher:
     """The hash of a generation's tokens as they come (`headrace.models.digest.token_hash`)."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self._ids: list[int] = []  # hashed at the end: one call per token would cost as much as turning it into text
 
     def update(self, ids: Iterable[int]) -> None:
-        self._hash.update(token_bytes(list(ids)))
+        self._ids += ids
 
     def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+        return token_hash(self._ids)
 
 
 def origins(

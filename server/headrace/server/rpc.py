@@ -110,7 +110,12 @@ class Call:
 
     async def write_serialized(self, data: bytes) -> None:
         """`write` for a message that is serialised already."""
-        await self._guarded(self._context.write(data))
+        try:  # not through `_guarded`: one coroutine less per token
+            await self._context.write(data)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            raise ClientGoneError from error
 
     async def expire(self) -> None:
         """Call it when the deadline has passed and the work has stopped. The client's own clock ends the call: a
