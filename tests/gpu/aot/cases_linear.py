@@ -62,6 +62,10 @@ def multiply(
     x = meta(rows, matrix.k, dtype=packed.dtype if quantized is None else quantized)
     scale_shape = (rows, -(-matrix.k // 128)) if kind == "fp8_block" else (rows,)
     out = meta(rows, packed.out_features, dtype=torch.float32 if matrix.is_head else packed.dtype)
+    out_scale = None
+    if kind == "fp8_block" and matrix.is_gated:  # what down reads is quantised where it is computed
+        out = meta(rows, packed.out_features, dtype=torch.float8_e4m3fn)
+        out_scale = meta(rows, -(-packed.out_features // 128), dtype=torch.float32)
     is_wide = quantized is None
     following = NextNorm(meta(matrix.n, dtype=torch.float32), meta(rows, matrix.n), squares_of(rows, matrix.n))
     linear(
@@ -71,6 +75,7 @@ def multiply(
         norm=(meta(matrix.k, dtype=torch.float32), 1e-5) if matrix.has_prologue else None,
         squares=(squares_of(rows, matrix.k), 1e-5) if matrix.has_norm and is_wide else None,
         next_norm=following if matrix.has_residual and is_wide else None,
+        out_scale=out_scale,
         bias=meta(matrix.n, dtype=torch.float32) if bias else None,
         residual=out if matrix.has_residual else None,
         activation="silu" if matrix.is_gated else None,

@@ -28,7 +28,7 @@ def weights_of(rows: int, cols: int, count: int) -> list[torch.Tensor]:
 
 def pack_kind(kind: str, weights: list[torch.Tensor], dtype: torch.dtype, is_gated: bool = False) -> PackedLinear:
     if kind == "fp8_block":
-        return pack_fp8_block(weights, dtype=dtype)
+        return pack_fp8_block(weights, dtype=dtype, is_gated=is_gated)
     return (pack_w8a8 if kind == "w8a8" else pack_fp8)(weights, dtype=dtype, is_gated=is_gated)
 
 

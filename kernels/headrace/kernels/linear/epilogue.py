@@ -88,6 +88,15 @@ class NextNorm:
         check_squares("squares of the next norm", self.squares, m, n)
 
 
+def check_quantized_out(out: torch.Tensor, out_scale: torch.Tensor, m: int, columns: int) -> None:
+    """Raises ValueError unless these are rows in 8 bits and their scales, one each or one for each 128 columns."""
+    want = (m,) if out_scale.ndim == 1 else (m, -(-columns // 128))
+    if out.shape != (m, columns) or out.stride(1) != 1 or out.dtype not in QUANTIZED_CACHES:
+        raise ValueError(f"linear: out {list(out.shape)} {out.dtype}: want {[m, columns]} in 8 bits with out_scale")
+    if out_scale.shape != want or out_scale.dtype != torch.float32 or out_scale.stride(-1) != 1:
+        raise ValueError(f"linear: out_scale {list(out_scale.shape)} {out_scale.dtype}: want float32 {list(want)}")
+
+
 def check_squares(name: str, squares: torch.Tensor, m: int, columns: int) -> None:
     """Raises ValueError unless these are float32 [m, a sum for each 32 columns], dense along a row."""
     want = (m, -(-columns // SQUARES_COLUMNS))

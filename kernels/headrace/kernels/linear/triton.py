@@ -7,10 +7,13 @@ many rows the norm is a launch of its own, with the same bits.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import triton
+from headrace.kernels.activation.triton_quantize import quantize_rows
+from headrace.kernels.linear.check import QUANTIZED, check_product
 from headrace.kernels.linear.config import LinearConfig, default_config, for_heads
 from headrace.kernels.linear.epilogue import NextNorm, RopeKvEpilogue, check_squares
 from headrace.kernels.linear.layout import PLANES, SQUARES_COLUMNS
@@ -20,8 +23,7 @@ from headrace.kernels.linear.triton_direct import direct_kernel
 from headrace.kernels.linear.triton_norm import norm_rows_kernel
 from headrace.kernels.linear.triton_packed import packed_kernel
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-QUANTIZED = {"w8a8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_block": torch.float8_e4m3fn}
+__all__ = ["QUANTIZED", "linear"]
 
 # The workspace opens with one int32 counter per tile, zero between launches; sums of chunks or normed rows follow.
 MAX_SPLIT_TILES = 4096
@@ -30,6 +32,9 @@ COUNTER_BYTES = 4 * MAX_SPLIT_TILES
 # Rows up to which the norm is a prologue: every program norms its rows anew, which many rows make dear.
 PROLOGUE_ROWS = 32
 NORM_ROWS = 16  # per program of that launch
+
+# Rows up to which a product quantises its output by 128 columns: tiles so wide leave no registers for more.
+QUANTIZED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Operands:
     rope_kv: RopeKvEpilogue | None
     squares: tuple[torch.Tensor, float] | None
     next_norm: NextNorm | None
+    out_scale: torch.Tensor | None
 
 
 def cut(weight: PackedLinear, m: int, config: LinearConfig) -> Tiles:
@@ -78,12 +84,33 @@ def default_for(weight: PackedLinear, m: int) -> LinearConfig:
     return default_config(weight.kind, m, groups=weight.blocks.groups, has_zeros="zeros" in weight.tensors)
 
 
-def workspace_bytes(weight: PackedLinear, m: int, config: LinearConfig | None = None, *, has_norm: bool = True) -> int:
+def workspace_bytes(
+    weight: PackedLinear,
+    m: int,
+    config: LinearConfig | None = None,
+    *,
+    has_norm: bool = True,
+    has_out_scale: bool = False,
+) -> int:
     """Bytes of workspace that a product of m rows needs; products on one stream share a workspace."""
     config = default_for(weight, m) if config is None else config
     for_all = [config, *(for_heads(config, weight.kind, head_dim) for head_dim in (16, 32, 64, 128, 256))]
+    for_all.append(for_out_scale(config, weight))
     sums = max(_sums_bytes(weight, m, each) for each in for_all)
+    sums += _wide_bytes(weight, m) if has_out_scale else 0
     return COUNTER_BYTES + sums + (sum(_normed_bytes(weight, m)) if has_norm and m > PROLOGUE_ROWS else 0)
+
+
+def for_out_scale(config: LinearConfig, weight: PackedLinear) -> LinearConfig:
+    """`config` where a tile must hold 128 columns of the output, or 128 of gate and of up."""
+    block_n = 256 if weight.is_gated else 128
+    stages = min(config.num_stages, 3)
+    return replace(config, block_n=block_n, block_m=min(config.block_m, 32), num_warps=8, num_stages=stages)
+
+
+def _wide_bytes(weight: PackedLinear, m: int) -> int:
+    """Bytes of m rows of the output before they are quantised, kept to 16 bytes."""
+    return -(-m * weight.out_features * weight.dtype.itemsize // 16) * 16
 
 
 def _sums_bytes(weight: PackedLinear, m: int, config: LinearConfig) -> int:
@@ -105,6 +132,7 @@ def linear(
     x_scale: torch.Tensor | None = None,
     squares: tuple[torch.Tensor, float] | None = None,
     next_norm: NextNorm | None = None,
+    out_scale: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
     config: LinearConfig | None = None,
 ) -> None:
@@ -118,12 +146,15 @@ def linear(
     residual: as out, which it may be. activation: "silu" or "gelu_tanh" exactly when the weight is gated:
     act(gate) * up. rope_kv: instead of residual and activation; `out` then gets q, its other columns are not written.
     squares: (those of a NextNorm, eps): x is what it calls `normed`, instead of norm. next_norm: prepare the norm of
-    out; not with an activation or rope_kv.
+    out; not with an activation or rope_kv. out_scale, float32: out is int8 or float8_e4m3fn; its values, rounded to
+    weight.dtype, are quantised by 128 columns of a row ([M, ceil(out_features / 128)]), in the product itself up to 32
+    rows, or by rows ([M]), always in a launch of its own, for which `workspace` holds the values: a row lies in many
+    programs. Not with residual, rope_kv or next_norm.
     workspace: uint8, `workspace_bytes`, 16-byte aligned, zero before its first use; None where none is needed.
     """
     m = x.shape[0]
     config = default_for(weight, m) if config is None else config
-    _check(x, weight, out, norm, bias, residual, x_scale, activation)
+    check_product(x, weight, out, norm, bias, residual, x_scale, activation, out_scale)
     if rope_kv is not None:
         rope_kv.check(m, weight.shape[0])
         if residual is not None or activation is not None:
@@ -138,6 +169,20 @@ def linear(
             raise ValueError("linear: next_norm is of a product without activation and rope_kv")
         next_norm.check(out)
         config = replace(config, block_n=max(config.block_n, SQUARES_COLUMNS))
+    if out_scale is not None:
+        if residual is not None or rope_kv is not None or next_norm is not None:
+            raise ValueError("linear: out_scale leaves no room for residual, rope_kv or next_norm")
+        if m > 0 and (out_scale.ndim == 1 or m > QUANTIZED_ROWS):
+            size = _wide_bytes(weight, m)
+            begin = 0 if workspace is None else workspace.numel() // 16 * 16 - size
+            if workspace is None or begin < COUNTER_BYTES:
+                raise ValueError(f"linear: out_scale needs a workspace of {COUNTER_BYTES + size} bytes (uint8)")
+            wide = workspace[begin : begin + size].view(weight.dtype)[: m * weight.out_features].view(out.shape)
+            given = partial(linear, norm=norm, bias=bias, activation=activation, x_scale=x_scale, squares=squares)
+            given(x, weight, wide, workspace=workspace[:begin], config=config)
+            quantize_rows(wide, out, out_scale)
+            return
+        config = for_out_scale(config, weight)
     if m == 0:
         return
     tiles = cut(weight, m, config)
@@ -156,8 +201,9 @@ def linear(
         x, x_scale = _norm_rows(x, weight, norm_weight, eps, tiles, workspace[:need])
         norm_weight = None
     operands = Operands(
-        x, out, norm_weight, eps, bias, residual, x_scale, partials, counters, activation, rope_kv, squares, next_norm
-    )
+        x, out, norm_weight, eps, bias, residual, x_scale, partials, counters, activation, rope_kv, squares, next_norm,
+        out_scale,
+    )  # fmt: skip
     if weight.kind in PLANES:
         _launch_packed(operands, weight, tiles, config)
     else:
@@ -287,7 +333,7 @@ def _common(operands: Operands, weight: PackedLinear, tiles: Tiles, config: Line
         "GROUP_N": config.group_n,
         "EVEN_K": weight.shape[1] % block_k == 0,
         "ACTIVATION": operands.activation,
-        "HEAD_FLAGS": flags_of(operands),
+        "HEAD_FLAGS": flags_of(operands, weight.dtype),
         "HEAD_BLOCK_SIZE": 1 if rope_kv is None else rope_kv.k_cache.shape[2],
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -299,44 +345,3 @@ def _has_ptx() -> bool:
     if triton.knobs.runtime.interpret:
         return False
     return bool(triton.runtime.driver.active.get_current_target().backend == "cuda")
-
-
-def _check(
-    x: torch.Tensor,
-    weight: PackedLinear,
-    out: torch.Tensor,
-    norm: tuple[torch.Tensor, float] | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-    activation: str | None,
-) -> None:
-    n, k = weight.shape
-    quantized = QUANTIZED.get(weight.kind)
-    if x.ndim != 2 or x.shape[1] != k or x.stride(1) != 1 or x.dtype not in (weight.dtype, quantized):
-        raise ValueError(f"linear: x {_describe(x)}: want [M, {k}] {weight.dtype}, dense along a row")
-    if (x.dtype == quantized) != (x_scale is not None) or (x_scale is not None and norm is not None):
-        raise ValueError(f"linear: x_scale belongs to quantised x, x is {x.dtype}; norm to x of {weight.dtype}")
-    if weight.kind == "w8a8" and x.dtype != torch.int8:
-        raise ValueError(f"linear: the int8 weights of a w8a8 matrix take int8 x, not {x.dtype}")
-    if x_scale is not None:
-        want = (x.shape[0], -(-k // 128)) if weight.kind == "fp8_block" else (x.shape[0],)
-        is_dense = x_scale.ndim == 2 or x_scale.stride(-1) == 1
-        if x_scale.shape != want or x_scale.dtype != torch.float32 or not is_dense:
-            raise ValueError(f"linear: x_scale {_describe(x_scale)}: want {list(want)} float32")
-    for name, tensor in (("out", out), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tensor.shape != (x.shape[0], weight.out_features) or tensor.stride(1) != 1 or tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"linear: {name} {_describe(tensor)}: want [{x.shape[0]}, {weight.out_features}] of a float type"
-            )
-    for name, tensor, size in (("norm", None if norm is None else norm[0], k), ("bias", bias, n)):
-        if tensor is not None and (tensor.shape != (size,) or tensor.stride(0) != 1 or tensor.dtype not in FLOATS):
-            raise ValueError(f"linear: {name} {_describe(tensor)}: want [{size}] of a float type")
-    if weight.is_gated != (activation is not None) or activation not in (None, "silu", "gelu_tanh"):
-        raise ValueError(f"linear: activation {activation!r}, and the matrix has is_gated = {weight.is_gated}")
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype} with strides {list(tensor.stride())}"

@@ -1,4 +1,5 @@
-"""What products take as tuples and flags: heads to turn, a norm to prepare, scales of rows. Called by `triton.py`."""
+"""What products take as tuples and flags: heads to turn, a norm to prepare, scales to write, scales of rows. Called by
+`triton.py`."""
 
 from __future__ import annotations
 
@@ -9,13 +10,21 @@ from headrace.kernels.linear.epilogue import NextNorm, RopeKvEpilogue
 from headrace.kernels.linear.layout import SQUARES_COLUMNS
 from headrace.kernels.linear.triton_heads import HAS_CACHE_SCALE, HAS_HEAD_NORM, HAS_ROTATION, Heads
 from headrace.kernels.linear.triton_next_norm import HAS_NEXT_NORM, HAS_SQUARES, NextNormOut, RowSquares
+from headrace.kernels.linear.triton_out_scale import (
+    HAS_OUT_SCALE,
+    ROUNDS_TO_BFLOAT16,
+    ROUNDS_TO_FLOAT16,
+    OutScale,
+)
 
 if TYPE_CHECKING:
     from headrace.kernels.linear.triton import Operands
 
 
-def tail_of(operands: Operands) -> Heads | NextNormOut | None:
+def tail_of(operands: Operands) -> Heads | NextNormOut | OutScale | None:
     """What a tile is finished with besides bias, activation and residual: the kernels' `heads`."""
+    if operands.out_scale is not None:
+        return OutScale(operands.out_scale, operands.out_scale.stride(0), operands.out_scale.shape[1])
     if operands.next_norm is not None:
         return _next_norm(operands.next_norm)
     return None if operands.rope_kv is None else _heads(operands.rope_kv)
@@ -29,12 +38,16 @@ def row_scale_of(operands: Operands) -> torch.Tensor | RowSquares | None:
     return RowSquares(squares, squares.stride(0), squares.shape[1], eps)
 
 
-def flags_of(operands: Operands) -> int:
-    """HEAD_FLAGS: which of all this is there."""
+def flags_of(operands: Operands, dtype: torch.dtype) -> int:
+    """HEAD_FLAGS: which of all this is there. dtype: of the product."""
+    out_scale = operands.out_scale
     rope_kv = operands.rope_kv
     present: tuple[tuple[Any, object], ...] = (
         (HAS_SQUARES, operands.squares),
         (HAS_NEXT_NORM, operands.next_norm),
+        (HAS_OUT_SCALE, out_scale),
+        (ROUNDS_TO_FLOAT16, out_scale if dtype == torch.float16 else None),
+        (ROUNDS_TO_BFLOAT16, out_scale if dtype == torch.bfloat16 else None),
         (HAS_ROTATION, None if rope_kv is None else rope_kv.inv_freq),
         (HAS_HEAD_NORM, None if rope_kv is None else rope_kv.q_norm),
         (HAS_CACHE_SCALE, None if rope_kv is None else rope_kv.k_scale),

@@ -11,6 +11,7 @@ from headrace.kernels.linear.triton_next_norm import (
     factor_of_rows,
     finish_and_norm,
 )
+from headrace.kernels.linear.triton_out_scale import HAS_OUT_SCALE, finish_and_quantize
 from headrace.kernels.linear.triton_tile import add_chunks, finish_tile, keep_chunk, scale_rows
 
 
@@ -46,7 +47,7 @@ def finish(
 ):
     """acc: float32 [BLOCK_N, BLOCK_M], sums over this program's chunk, or all of K unless SPLIT_GRID. squares:
     [BLOCK_M], likewise. x_scale: float32 [M], RowSquares, or None. w_scale: float32 [num_rows] or None. heads: Heads,
-    NextNormOut, or None. HEAD_FLAGS: `triton_heads.HAS_*` and `triton_next_norm.HAS_*`."""
+    NextNormOut, OutScale, or None. HEAD_FLAGS: the HAS_* of the modules that these come from."""
     if SPLIT_GRID:
         tile = tile_n * num_m + tile_m
         before = keep_chunk(acc, squares, partials, counters, tile, chunk, SPLITS, HAS_NORM)
@@ -98,6 +99,11 @@ def _write(
     if HAS_NEXT_NORM & HEAD_FLAGS:
         finish_and_norm(
             acc, out, residual, bias, heads, first_row, first_m, M, num_rows, stride_out, stride_residual,
+        )  # fmt: skip
+    elif HAS_OUT_SCALE & HEAD_FLAGS:
+        finish_and_quantize(
+            acc, out, bias, heads, first_row, first_m, M, num_rows, out_features, stride_out, ACTIVATION,
+            HEAD_FLAGS,
         )  # fmt: skip
     elif heads is None:
         finish_tile(
