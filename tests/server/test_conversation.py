@@ -16,6 +16,8 @@ from headrace.server.prompts import Prepared, Prompts
 from headrace.server.template_worker import TemplateWorker
 from headrace.v1 import inference_pb2 as pb
 
+from tests.models.test_tokenizer_sentencepiece import metadata
+
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 PLAIN = "{{ message['content'] }}"
@@ -30,9 +32,9 @@ TEMPLATE = (
 class Desk:
     """A conversation on a template of the test's own, and whoever answers."""
 
-    def __init__(self, tokenizer: Tokenizer, content: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str) -> None:
         self.tokenizer = tokenizer
-        self.prompts = Prompts(tokenizer, TemplateWorker(TEMPLATE % content, "<|im_start|>", "<|im_end|>"))
+        self.prompts = Prompts(tokenizer, TemplateWorker(template, "<|im_start|>", "<|im_end|>"))
         self.conversation = Conversation(self.prompts, tokenizer, pb.GenerateRequest())
 
     async def begin(self, text: str) -> list[int]:
@@ -69,7 +71,7 @@ def tokenizer(tiny_llama_gguf: Path) -> Tokenizer:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def desks(tokenizer: Tokenizer) -> AsyncIterator[dict[str, Desk]]:
-    desks = {content: Desk(tokenizer, content) for content in (PLAIN, TRIMMED, LOUD)}
+    desks = {content: Desk(tokenizer, TEMPLATE % content) for content in (PLAIN, TRIMMED, LOUD)}
     yield desks
     for desk in desks.values():
         await desk.prompts.close()
@@ -124,3 +126,21 @@ async def test_a_failed_turn_leaves_the_conversation_where_it_was(desks: dict[st
     assert turn.prompt.ids == [*known, *spoken[:2], *desk.delta("and?")]
     desk.answer(spoken, "length")
     assert (await desk.go_on("so")).prompt.ids == [*turn.prompt.ids, *spoken, *desk.delta("so")]
+
+
+@pytest.mark.parametrize(("end", "is_joined"), [("</s>", True), ("\n</s>", False)])
+async def test_a_vocabulary_that_puts_a_blank_before_every_text(end: str, is_joined: bool) -> None:
+    """SentencePiece's: behind an answer a control token may follow as it is; other text would get a blank of its own,
+    so everything is made anew from what was said."""
+    tokenizer = Tokenizer.from_gguf(metadata())
+    assert tokenizer.has_space_prefix
+    template = "{% for message in messages %}<s>{{ message['content'] }}END{% endfor %}"
+    desk = Desk(tokenizer, template.replace("END", end) + "{% if add_generation_prompt %}<s>{% endif %}")
+    known = await desk.begin("the wheel")
+    spoken = tokenizer.encode("Alice", add_bos=False, parse_special=False)
+    desk.answer(spoken, "interrupted", len(spoken) - 1)
+    turn = await desk.go_on("and")
+    await desk.prompts.close()
+    delta = tokenizer.encode(f"{end}<s>and{end}<s>", add_bos=False, parse_special=True)
+    anew = tokenizer.encode(turn.prompt.rendered, add_bos=False, parse_special=True)
+    assert turn.prompt.ids == ([*known, *spoken[:-1], *delta] if is_joined else anew)
