@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from headrace.kernels.activation.triton_quantize import quantize_rows
+from headrace.kernels.linear import triton_persistent as persistent
 from headrace.kernels.linear.check import QUANTIZED, check_product
 from headrace.kernels.linear.config import LinearConfig, default_config, for_heads
 from headrace.kernels.linear.epilogue import NextNorm, RopeKvEpilogue, check_squares
@@ -81,7 +82,8 @@ def cut(weight: PackedLinear, m: int, config: LinearConfig) -> Tiles:
 
 def default_for(weight: PackedLinear, m: int) -> LinearConfig:
     """The configuration of a product of m rows that nobody tuned."""
-    return default_config(weight.kind, m, groups=weight.blocks.groups, has_zeros="zeros" in weight.tensors)
+    has_zeros, groups, splits = "zeros" in weight.tensors, weight.blocks.groups, weight.num_splits
+    return default_config(weight.kind, m, groups=groups, has_zeros=has_zeros, splits=splits, arch=_arch())
 
 
 def workspace_bytes(
@@ -98,6 +100,7 @@ def workspace_bytes(
     for_all.append(for_out_scale(config, weight))
     sums = max(_sums_bytes(weight, m, each) for each in for_all)
     sums += _wide_bytes(weight, m) if has_out_scale else 0
+    sums += persistent.group_sums_bytes(weight, m, config)
     return COUNTER_BYTES + sums + (sum(_normed_bytes(weight, m)) if has_norm and m > PROLOGUE_ROWS else 0)
 
 
@@ -159,7 +162,8 @@ def linear(
         rope_kv.check(m, weight.shape[0])
         if residual is not None or activation is not None:
             raise ValueError("linear: rope_kv leaves no room for a residual or an activation")
-        config = for_heads(config, weight.kind, rope_kv.head_dim)
+        has_head_norm = rope_kv.q_norm is not None
+        config = for_heads(config, weight.kind, rope_kv.head_dim, has_head_norm=has_head_norm, arch=_arch())
     if squares is not None:
         if norm is not None or x_scale is not None or weight.kind == "fp8_block":
             raise ValueError("linear: squares stand in for a norm, of x that is not quantised, and not with fp8_block")
@@ -187,7 +191,9 @@ def linear(
         return
     tiles = cut(weight, m, config)
     sums = _sums_bytes(weight, m, config)
-    need = COUNTER_BYTES + sums
+    is_persistent = config.programs_per_sm > 0 and not tiles.is_split and (norm is None or m > PROLOGUE_ROWS)
+    group_sums = persistent.group_sums_bytes(weight, m, config) if is_persistent else 0
+    need = COUNTER_BYTES + sums + group_sums
     if norm is not None and m > PROLOGUE_ROWS:
         need += sum(_normed_bytes(weight, m))
     if need > COUNTER_BYTES and (workspace is None or workspace.dtype != torch.uint8 or workspace.numel() < need):
@@ -198,16 +204,17 @@ def linear(
         partials = workspace[COUNTER_BYTES : COUNTER_BYTES + sums].view(torch.float32)
     norm_weight, eps = (None, 0.0) if norm is None else norm
     if workspace is not None and norm_weight is not None and m > PROLOGUE_ROWS:
-        x, x_scale = _norm_rows(x, weight, norm_weight, eps, tiles, workspace[:need])
+        x, x_scale = _norm_rows(x, weight, norm_weight, eps, tiles, workspace[: need - group_sums])
         norm_weight = None
     operands = Operands(
         x, out, norm_weight, eps, bias, residual, x_scale, partials, counters, activation, rope_kv, squares, next_norm,
         out_scale,
     )  # fmt: skip
     if weight.kind in PLANES:
-        _launch_packed(operands, weight, tiles, config)
+        area = workspace[need - group_sums : need] if workspace is not None and group_sums else None
+        _launch_packed(operands, weight, tiles, config, is_persistent, area)
     else:
-        _launch_direct(operands, weight, tiles, config)
+        _launch_direct(operands, weight, tiles, config, is_persistent)
 
 
 def _normed_bytes(weight: PackedLinear, m: int) -> tuple[int, int]:
@@ -246,9 +253,25 @@ def _norm_rows(
     return normed, factors
 
 
-def _launch_packed(operands: Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> None:
+def _launch_packed(
+    operands: Operands,
+    weight: PackedLinear,
+    tiles: Tiles,
+    config: LinearConfig,
+    is_persistent: bool,
+    group_sums: torch.Tensor | None,
+) -> None:
     layout = weight.blocks
     x, out, residual, heads = operands.x, operands.out, operands.residual, tail_of(operands)
+    constants = {
+        "PLANES": layout.planes,
+        "GROUPS": layout.groups,
+        "INLINE_ASM": weight.dtype != torch.float32 and _has_ptx(),
+        **_common(operands, weight, tiles, config),
+    }
+    if is_persistent:
+        persistent.launch_packed(operands, weight, heads, tiles, config, constants, group_sums)
+        return
     packed_kernel[(tiles.programs,)](
         x,
         weight.tensors["words"],
@@ -273,20 +296,27 @@ def _launch_packed(operands: Operands, weight: PackedLinear, tiles: Tiles, confi
         out.stride(0),
         0 if residual is None else residual.stride(0),
         operands.eps,
-        PLANES=layout.planes,
-        GROUPS=layout.groups,
-        INLINE_ASM=weight.dtype != torch.float32 and _has_ptx(),
-        **_common(operands, weight, tiles, config),
+        **constants,
     )
 
 
-def _launch_direct(operands: Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig) -> None:
+def _launch_direct(
+    operands: Operands, weight: PackedLinear, tiles: Tiles, config: LinearConfig, is_persistent: bool
+) -> None:
     block_k = weight.blocks.block_k
     x, out, residual, x_scale = operands.x, operands.out, operands.residual, operands.x_scale
     heads, row_scale = tail_of(operands), row_scale_of(operands)
     values, scales = weight.tensors["weight"], weight.tensors.get("scales")
     if values.dtype == torch.float8_e4m3fn and x.dtype != torch.float8_e4m3fn:
         values = values.view(torch.uint8)
+    constants = {
+        "IS_BLOCK_SCALED": weight.kind == "fp8_block",
+        "EVEN_N": weight.packed_rows % config.block_n == 0,
+        **_common(operands, weight, tiles, config),
+    }
+    if is_persistent:
+        persistent.launch_direct(operands, weight, values, heads, tiles, config, constants)
+        return
     direct_kernel[(tiles.programs,)](
         x,
         values,
@@ -314,9 +344,7 @@ def _launch_direct(operands: Operands, weight: PackedLinear, tiles: Tiles, confi
         x_scale.stride(1) if x_scale is not None and x_scale.ndim == 2 else 0,
         0 if scales is None else scales.stride(0),
         operands.eps,
-        IS_BLOCK_SCALED=weight.kind == "fp8_block",
-        EVEN_N=weight.packed_rows % config.block_n == 0,
-        **_common(operands, weight, tiles, config),
+        **constants,
     )
 
 
@@ -342,6 +370,12 @@ def _common(operands: Operands, weight: PackedLinear, tiles: Tiles, config: Line
 
 def _has_ptx() -> bool:
     """Whether kernels are compiled for an NVIDIA GPU; the interpreter has no target, and runs the plain forms."""
+    return _arch().startswith("sm_")
+
+
+def _arch() -> str:
+    """ "sm_90", "gfx942"; "" in the interpreter."""
     if triton.knobs.runtime.interpret:
-        return False
-    return bool(triton.runtime.driver.active.get_current_target().backend == "cuda")
+        return ""
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)

@@ -63,8 +63,8 @@ def direct_kernel(
 ):
     """out [M, out_features] = epilogue(norm(x [M, K]) @ weight.T); see `triton.py` for the arguments' meaning.
 
-    x_scale: float32 [M], or [M, ceil(K / 128)] where IS_BLOCK_SCALED. w_scale: [num_rows], or [., ceil(K / 128)], gate's
-    blocks of 128 rows before up's.
+    x_scale: float32 [M], or [M, ceil(K / 128)] where IS_BLOCK_SCALED. w_scale: [num_rows], or [., ceil(K / 128)],
+    gate's blocks of 128 rows before up's.
     num_blocks: of BLOCK_K columns. num_n, num_m: tiles.
     """
     HAS_NORM: tl.constexpr = norm_weight is not None
@@ -177,7 +177,7 @@ def sum_blocks(
 
 @triton.jit
 def _block_factor(w_scale, xs, tile_n, num_rows, stride, IS_GATED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What a tile's sums over one block of K count: scales of its rows times xs [BLOCK_M], [1 or BLOCK_N, BLOCK_M or 1].
+    """What a tile's sums over one block of K count: scales of its rows times xs [BLOCK_M], as a matrix.
 
     w_scale: [., K / 128] at that block of K. Gate and up keep their own blocks of 128 rows, gate's first. A tile of at
     most 128 rows (256 of a gated matrix) lies in one block of each, whose scale is one number.
