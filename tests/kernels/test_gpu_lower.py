@@ -152,11 +152,12 @@ def test_inputs_of_8_bits_keep_the_meaning(tiny_models: TinyModels, architecture
 
 
 def test_norms_and_gates_quantise_what_they_write(tiny_models: TinyModels) -> None:
-    """Two launches a layer do nothing else: before the output product, and before down where gate and up are one."""
+    """Two launches a layer do nothing else: before the output product, and before down where gate and up are one; in
+    blocks of 128 their product does it."""
     model = load_model(tiny_models.gguf("llama"))
     layers = len(model.program.kv)
     apart = {f"blk.{layer}.ffn_up.weight": WeightForm("w8a8") for layer in range(layers)}
-    for quantization, other, rows, gated in (("int8", {}, 2, 0), ("fp8-block", {}, 2, 0), ("fp8", apart, 1, 1)):
+    for quantization, other, rows, gated in (("int8", {}, 2, 0), ("fp8-block", {}, 1, 0), ("fp8", apart, 1, 1)):
         forms = quantized_forms(model.program, forms_of(model), quantization) | other
         program = lower(model.program, forms)
         np.testing.assert_allclose(logits(model, program), logits(model, None), rtol=1e-4, atol=1e-4)

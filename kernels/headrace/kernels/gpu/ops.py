@@ -152,7 +152,8 @@ class Product:
     matrix: the name of a PackSpec. x_scale: scales of rows in 8 bits. bias: vectors that together are as long as the
     matrix has rows, or (). residual may be `out`. rope_kv: the product's columns are q, k and v; what stays in `out` is
     q, turned; k and v go to the KV blocks and their columns of `out` may hold anything afterwards. squares, eps: x is
-    what a NextNorm calls `normed`. next_norm: the norm of `out` that it prepares.
+    what a NextNorm calls `normed`. next_norm: the norm of `out` that it prepares. out_scale: `out` is quantised, as by
+    QuantizeRows.
     """
 
     out: str
@@ -167,6 +168,7 @@ class Product:
     squares: str | None = None
     eps: float = 0.0
     next_norm: NextNorm | None = None
+    out_scale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -245,10 +247,10 @@ def writes(op: GpuOp) -> tuple[str, ...]:
     """Names of the buffers that an op writes."""
     if isinstance(op, RopeKv):
         return tuple(name for name in (op.q, op.k) if name is not None)
-    if isinstance(op, (Norm, QuantizeRows, QuantizeGated)):
-        return (op.out,) if op.out_scale is None else (op.out, op.out_scale)
     if isinstance(op, Product) and op.next_norm is not None:
         return (op.out, op.next_norm.normed, op.next_norm.squares)
+    if isinstance(op, (Norm, QuantizeRows, QuantizeGated, Product)):
+        return (op.out,) if op.out_scale is None else (op.out, op.out_scale)
     return (op.x,) if isinstance(op, SoftCap) else (op.out,)
 
 

@@ -63,7 +63,7 @@ def quantize_inputs(program: GpuProgram, forms: Mapping[str, WeightForm]) -> Gpu
     kinds = {spec.name: forms[spec.sources[0]].kind for spec in program.matrices}
     if not any(kind in _QUANTIZED for kind in kinds.values()):
         return program
-    maker = _Maker(program)
+    maker = _Maker(program, kinds)
     for index, op in enumerate(program.ops):
         if isinstance(op, Product) and kinds[op.matrix] in _QUANTIZED:
             op = maker.quantize(op, cast(QuantizedKind, kinds[op.matrix]), index)
@@ -86,7 +86,8 @@ class _Source:
 class _Maker:
     """The ops so far, and what of the buffers they have quantised."""
 
-    def __init__(self, program: GpuProgram) -> None:
+    def __init__(self, program: GpuProgram, kinds: Mapping[str, str]) -> None:
+        self._kinds = kinds
         self.ops: list[GpuOp] = []
         self.buffers: dict[str, Buffer] = {buffer.name: buffer for buffer in program.buffers}
         self._names = names_of(program)
@@ -107,17 +108,27 @@ class _Maker:
         out, scale = self._buffers_for(op.x, kind)
         if self._held.get(out) != source:
             self._held[out] = source
-            self.ops.append(self._producer(op, out, scale, index))
+            self.ops.append(self._producer(op, out, scale, kind, index))
         return replace(op, x=out, x_scale=scale, norm=None)
 
-    def _producer(self, op: Product, out: str, scale: str, index: int) -> GpuOp:
+    def _producer(self, op: Product, out: str, scale: str, kind: QuantizedKind, index: int) -> GpuOp:
         if op.norm is not None:
             return Norm(out, op.x, op.norm.weight, op.norm.eps, self._names.width(op.x), scale)
         last = self.ops[-1]
         if isinstance(last, GatedActivation) and last.out == op.x and self._names.is_dead(op.x, index + 1):
             self.ops.pop()
             return QuantizeGated(out, scale, last.gate, last.up, last.kind)
+        if self._can_end_in_blocks(last, op, kind, index):
+            self.ops.pop()
+            return replace(last, out=out, out_scale=scale)  # type: ignore[arg-type]
         return QuantizeRows(out, scale, op.x)
+
+    def _can_end_in_blocks(self, last: GpuOp, op: Product, kind: QuantizedKind, index: int) -> bool:
+        """Whether the op before is a product that can quantise what `op` alone reads, by 128 columns in a tile."""
+        if not isinstance(last, Product) or kind != "fp8_block" or self._kinds[last.matrix] != kind:
+            return False
+        is_plain = last.residual is None and last.rope_kv is None
+        return is_plain and last.out == op.x and self._names.is_dead(op.x, index + 1)
 
     def _buffers_for(self, x: str, kind: QuantizedKind) -> tuple[str, str]:
         """Names of x in 8 bits and of its scales."""

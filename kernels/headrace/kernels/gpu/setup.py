@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from headrace.kernels.gpu import attention, device, memory, tuning
-from headrace.kernels.gpu.ops import Attention, GpuProgram, TypedBuffer
+from headrace.kernels.gpu.ops import Attention, GpuProgram, Product, TypedBuffer
 from headrace.kernels.gpu.shape import StepLimits
 from headrace.kernels.gpu.weights import DeviceWeights
 from headrace.kernels.linear import triton as linear
@@ -150,7 +150,7 @@ class _LinearConfigs:
         return self.of(self._matrices[name], m)  # type: ignore[index]
 
     def of(self, matrix: PackedLinear, m: int) -> LinearConfig:
-        key = (matrix.kind, matrix.shape, matrix.group_size, "zeros" in matrix.tensors, matrix.is_gated, m)
+        key = (*_shape_of(matrix), m)
         config = self._known.get(key)
         if config is None:
             n, k = matrix.shape
@@ -169,16 +169,20 @@ class _LinearConfigs:
         return config
 
 
+def _shape_of(matrix: PackedLinear) -> tuple[object, ...]:
+    """What the block sizes of its products depend on."""
+    return (matrix.kind, matrix.shape, matrix.group_size, "zeros" in matrix.tensors, matrix.is_gated)
+
+
 def _linear_need(program: GpuProgram, weights: DeviceWeights, limits: StepLimits, configs: _LinearConfigs) -> int:
     """The most workspace that any product of a step needs."""
-    kinds = {
-        (matrix.kind, matrix.shape, matrix.group_size, "zeros" in matrix.tensors, matrix.is_gated): matrix
-        for matrix in weights.matrices.values()
-    }
+    kinds = {_shape_of(matrix): matrix for matrix in weights.matrices.values()}
+    quantizing = {op.matrix for op in program.ops if isinstance(op, Product) and op.out_scale}
+    scaled = {_shape_of(weights.matrices[name]) for name in quantizing}
     rows = sorted({min(m, limits.max_tokens) for m in (1, *range(16, limits.max_tokens + 16, 16))})
     return max(
-        linear.workspace_bytes(matrix, m, configs.of(matrix, m), has_norm=True)
-        for matrix in kinds.values()
+        linear.workspace_bytes(matrix, m, configs.of(matrix, m), has_norm=True, has_out_scale=key in scaled)
+        for key, matrix in kinds.items()
         for m in rows
     )
 

@@ -117,6 +117,11 @@ class StepRunner:
         scales = self._tensor(name, shape)
         return scales[:, 0] if scales.shape[1] == 1 else scales
 
+    def _row_scale(self, name: str | None, kind: str, shape: StepShape) -> torch.Tensor | None:
+        """As `_scale`, but [rows, 1] too for a product in fp8_block."""
+        scales = self._scale(name, shape)
+        return scales.view(len(scales), -1) if scales is not None and kind == "fp8_block" else scales
+
     def _inv_freq(self, op: RopeKv) -> torch.Tensor:
         if op.inv_freq not in self._inv_freqs:
             self._inv_freqs[op.inv_freq] = torch.tensor(op.inv_freq, dtype=torch.float32, device=self._device)
@@ -135,9 +140,7 @@ class StepRunner:
         x = self._tensor(op.x, shape)
         if not len(x):
             return
-        matrix, x_scale = self._weights.matrices[op.matrix], self._scale(op.x_scale, shape)
-        if x_scale is not None and matrix.kind == "fp8_block":
-            x_scale = x_scale.view(len(x), -1)
+        matrix = self._weights.matrices[op.matrix]
         linear(
             x,
             matrix,
@@ -147,8 +150,9 @@ class StepRunner:
             residual=None if op.residual is None else self._tensor(op.residual, shape),
             activation=op.activation,
             rope_kv=None if op.rope_kv is None else self._epilogue(op.rope_kv, shape),
-            x_scale=x_scale,
+            x_scale=self._row_scale(op.x_scale, matrix.kind, shape),
             squares=None if op.squares is None else (self._tensor(op.squares, shape), op.eps),
+            out_scale=self._row_scale(op.out_scale, matrix.kind, shape),
             next_norm=None if op.next_norm is None else self._next_norm(op.next_norm, shape),
             workspace=self._launching.linear_workspace,
             config=self._launching.linear_config(op.matrix, len(x)),
