@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from headrace.engine.errors import InvalidSequenceError, QueueFullError
 
@@ -335,3 +336,26 @@ def test_integrity_check_finds_a_lost_block() -> None:
     run.engine._scheduler.blocks.free.pop()
     with pytest.raises(AssertionError, match="lost"):
         run.engine.check_integrity()
+
+
+def test_tokens_held_are_gone_on_from_as_if_generated_here() -> None:
+    with running(config(enable_prefix_cache=False)) as run:
+        run.engine.add(request(1, 5, 12, min_tokens=7, stop_token_ids=tuple(range(25))))
+        run.finish()
+        whole, reason = run.tokens[1], run.finishes[1].reason
+        assert len(whole) >= 8
+    for count in range(1, 8):
+        with running(config()) as run:
+            again = request(1, 5, 12, min_tokens=7, stop_token_ids=tuple(range(25)))
+            run.engine.add(msgspec.structs.replace(again, held=whole[:count]))
+            run.finish()
+            assert run.tokens[1] == whole[count:]
+            finish = run.finishes[1]
+            assert (finish.reason, finish.num_prompt_tokens, finish.num_output_tokens) == (reason, 5, len(whole))
+            assert finish.num_cached_tokens <= 5
+
+
+@pytest.mark.parametrize("held", [[1] * 8, [1] * 9, [-1]])
+def test_tokens_held_leave_something_to_generate(held: list[int]) -> None:
+    with running(config()) as run, pytest.raises(InvalidSequenceError, match="held"):
+        run.engine.add(msgspec.structs.replace(request(1, 5, 8), held=held))

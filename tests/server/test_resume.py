@@ -295,6 +295,16 @@ async def test_a_stop_string_across_the_break_matches(tiny: Bench) -> None:
             _check_same(whole, [*whole[:count], *rest])
 
 
+async def test_tokens_held_behind_a_stop_string_are_refused(tiny: Bench) -> None:
+    request = _resumable([30, 31, 32], temperature=1.0, max_tokens=40, seed=3)
+    whole = await drained(tiny.stub.Generate(request))
+    request.sampling.stop.append(text_of(whole)[4:9])
+    again = _continued(request, whole)
+    del again.continuation.token_ids[-4:]
+    failed = await failure(drained(tiny.stub.Generate(again)))
+    assert (failed.reason, failed.fields) == ("INVALID_REQUEST", ("continuation.token_ids",))
+
+
 async def test_who_holds_all_of_it_gets_the_end_alone(counting: Bench) -> None:
     for sampling, reason in (
         ({"max_tokens": 6}, pb.FINISH_REASON_LENGTH),
