@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 
 from headrace.engine.types import FinishOutput, TokenOutput
@@ -26,29 +25,36 @@ from headrace.server.starter import Start, Starter
 from headrace.v1 import inference_pb2 as pb
 
 
-@dataclass(frozen=True)
 class Running:
-    """The generations of one RPC, by their streams."""
+    """The generations of one RPC, by their streams. num_live: those that have not ended."""
 
-    mailbox: Mailbox
-    generations: Mapping[TokenStream, Generation]
+    def __init__(self, mailbox: Mailbox, generations: Mapping[TokenStream, Generation]) -> None:
+        self.num_live = len(generations)
+        self._mailbox = mailbox
+        self._generations = generations
 
-    async def chunks(self, call: Call) -> AsyncIterator[tuple[Generation, Chunk]]:
-        """News of all generations until the last has ended."""
-        num_live = len(self.generations)
-        while num_live:
-            for stream in await self.mailbox.wait():
-                generation = self.generations[stream]
-                if generation.ending is not None:
-                    continue
-                try:
-                    news = generation.take()
-                except ExpiredError:
-                    await call.expire()
-                    return
-                if news is not None:
-                    num_live -= news.ending is not None
-                    yield generation, news
+    @property
+    def generations(self) -> Iterable[Generation]:
+        """All of them."""
+        return self._generations.values()
+
+    async def next(self, call: Call) -> list[tuple[Generation, Chunk]]:
+        """What is new, after waiting for it; nothing where only an end was to be told. Lists, not an iterator of single
+        chunks: most calls have one generation, and this runs once per token."""
+        found = []
+        for stream in await self._mailbox.wait():
+            generation = self._generations[stream]
+            if generation.ending is not None:
+                continue
+            try:
+                news = generation.take()
+            except ExpiredError:
+                await call.expire()  # raises, or the client's own deadline ends the call
+                raise
+            if news is not None:
+                self.num_live -= news.ending is not None
+                found.append((generation, news))
+        return found
 
 
 class InferenceService:
@@ -84,8 +90,9 @@ class InferenceService:
             await self._generate_resumable(request, call)
             return
         async with self._run(request, call, "") as running:
-            async for generation, news in running.chunks(call):
-                await call.write_serialized(convert.generate_response(generation.index, news))
+            while running.num_live:
+                for generation, news in await running.next(call):
+                    await call.write_serialized(convert.generate_response(generation.index, news))
 
     async def resume(self, request: pb.ResumeRequest, call: Call) -> None:
         """The messages of a resumable generation, from an offset on."""
@@ -105,14 +112,15 @@ class InferenceService:
         validate.check_model(request.request.model, self._host.name)
         validate.complete(request, self._host.limits())
         async with self._run(request.request, call, "request.") as running:
-            answers = {g.index: pb.Completion(index=g.index) for g in running.generations.values()}
-            async for generation, news in running.chunks(call):
-                answer, chunk = answers[generation.index], convert.chunk(generation.index, news)
-                answer.token_ids.extend(chunk.token_ids)
-                answer.text += chunk.text
-                answer.logprobs.extend(chunk.logprobs)
-                if chunk.HasField("finish"):
-                    answer.finish.CopyFrom(chunk.finish)
+            answers = {g.index: pb.Completion(index=g.index) for g in running.generations}
+            while running.num_live:
+                for generation, news in await running.next(call):
+                    answer, chunk = answers[generation.index], convert.chunk(generation.index, news)
+                    answer.token_ids.extend(chunk.token_ids)
+                    answer.text += chunk.text
+                    answer.logprobs.extend(chunk.logprobs)
+                    if chunk.HasField("finish"):
+                        answer.finish.CopyFrom(chunk.finish)
         return pb.CompleteResponse(completions=[answers[index] for index in sorted(answers)])
 
     async def tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
