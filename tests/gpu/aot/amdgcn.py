@@ -17,7 +17,8 @@ _LABEL = re.compile(r"^(\.LBB\w+):")
 
 @dataclass(frozen=True)
 class Gcn:
-    """spills: vector and scalar registers that went to scratch. stack: bytes of scratch per lane."""
+    """spills: registers that went to scratch, which is memory; those that went to other registers (scalars to lanes of
+    vectors, vectors to accumulation registers) are not among them. stack: bytes of scratch per lane."""
 
     instructions: tuple[tuple[str, str], ...]
     loops: tuple[tuple[int, int], ...]
@@ -85,12 +86,13 @@ def parse(text: str) -> Gcn:
             start = labels.get(operands.split(";")[0].strip(), position)
             if start < position:
                 loops.append((start, position + 1))
+    stack = _number("private_segment_fixed_size", text)
     return Gcn(
         tuple(instructions),
         tuple(loops),
         _number("vgpr_count", text),  # the accumulation registers are among them
-        _number("vgpr_spill_count", text) + _number("sgpr_spill_count", text),
-        _number("private_segment_fixed_size", text),
+        _number("vgpr_spill_count", text) + _number("sgpr_spill_count", text) if stack else 0,
+        stack,
     )
 
 

@@ -118,14 +118,9 @@ WAIVERS = (
     Waiver("linear/fp8_block/qwen3-32b/qkv/2048", "direct_kernel", "cuda:90 cuda:100", "spill", _OPEN_HEADS),
     Waiver("linear/fp8/llama-3-70b-tp4/qkv/2048", "direct_kernel", "cuda:89", "spill", _OPEN_HEADS),
     Waiver("linear/int4-g32z/*/64 linear/int4-*/2048", "packed_kernel", "hip:gfx942", "spill", _OPEN_AMD),
-    Waiver("attention/prefill/*", "split_kernel#2", "hip:gfx942", "spill", _OPEN_AMD),
-    Waiver("attention/*/window-and-soft-cap", "split_kernel", "hip:gfx942", "spill", _OPEN_AMD),
     Waiver(
-        "attention/prefill/kv-* attention/prefill/window-and-soft-cap", "prefill_kernel", "hip:gfx942", "spill",
-        _OPEN_AMD,
-    ),
-    Waiver(
-        "attention/prefill/head-dim-80 attention/prefill/head-dim-96", "prefill_kernel", "hip:gfx942", "wide", _OPEN_AMD
+        "attention/*/head-dim-16", "split_kernel split_kernel#2 prefill_kernel", "hip:gfx942", "wide",
+        "a tile is 2 KiB, 8 bytes for each of 256 lanes",
     ),
 )  # fmt: skip
 

@@ -72,6 +72,8 @@ def default_config(
         prefill_rows = 64 if has_window_or_cap or head_dim > 128 else 128
     elif 64 < head_dim < 128:
         prefill_rows = 16  # two parts, each with its two accumulators
+    elif head_dim < 32:
+        prefill_rows = 32
     else:
         prefill_rows = 64 if kv_bytes == 2 and head_dim <= 128 else 32
     return AttentionConfig(
