@@ -69,19 +69,7 @@ def rope_kv(
     config = default_config(head_dim, num_kv_heads or num_heads) if config is None else config
     query_programs, kv_programs = triton.cdiv(num_heads, config.heads), triton.cdiv(num_kv_heads, config.heads)
     rope_kv_kernel[(num_tokens, query_programs + 2 * kv_programs)](
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        positions,
-        slot_mapping,
-        inv_freq,
-        attention_factor,
-        q_norm,
-        k_norm,
-        eps,
-        k_scale,
+        q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq, attention_factor, q_norm, k_norm, eps, k_scale,
         v_scale,
         *(0 if rows is None else rows.stride(0) for rows in (q, k, v)),
         *((0, 0, 0) if k_cache is None else k_cache.stride()[:3]),
@@ -93,7 +81,7 @@ def rope_kv(
         HEADS=config.heads,
         BLOCK=triton.next_power_of_2(head_dim // 2),
         num_warps=config.num_warps,
-    )
+    )  # fmt: skip
 
 
 def _check_rows(

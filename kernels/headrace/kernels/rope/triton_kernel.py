@@ -7,37 +7,10 @@ from headrace.kernels.rope.triton_math import cos_sin, rotate, slot_offset, to_c
 
 
 @triton.jit
-def rope_kv_kernel(
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    positions,
-    slot_mapping,
-    inv_freq,
-    attention_factor,
-    q_norm,
-    k_norm,
-    eps,
-    k_scale,
-    v_scale,
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def rope_kv_kernel(q, k, v, k_cache, v_cache, positions, slot_mapping, inv_freq, attention_factor, q_norm, k_norm, eps,
+                   k_scale, v_scale, stride_q, stride_k, stride_v, stride_kb, stride_kh, stride_ks, stride_vb,
+                   stride_vh, stride_vs, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                   BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Program (t, part) moves HEADS heads of row t: first the parts of q, then those of k, then those of v."""
     QUERY_PROGRAMS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_PROGRAMS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS

@@ -189,6 +189,31 @@ def is_row_finite(workspace, row, num_rows, num_chunks, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def filters(line, highs, slack, rows, row, vocab_size, lowest, highest, inverse, BLOCK: tl.constexpr):
+    """What top-k and then top-p leave: (lowest key that stays, how many equal to it do, lowest logit that stays)."""
+    threshold, num_equal, share = LOWEST_KEY + 0, ALL + 0, 1.0
+    top_k = int_field(rows, row, TOP_K)
+    if (top_k > 0) & (top_k < vocab_size):
+        count = top_k.to(tl.float32)
+        threshold, at_low, at_high, wanted = find_prefix(
+            line, highs, slack, vocab_size, lowest, highest, inverse, count, LOWEST_KEY, 1.0, False, BLOCK
+        )
+        num_equal = count_equal(at_low, at_high, wanted, threshold, highest, inverse, False)
+        share = tl.where(at_low < wanted, 1.0, (wanted - at_high) / tl.maximum(at_low - at_high, 1.0))
+        lowest = tl.maximum(lowest, from_key(threshold))
+    top_p = float_field(rows, row, TOP_P)
+    if top_p < 1.0:
+        key, at_low, at_high, wanted = find_prefix(
+            line, highs, slack, vocab_size, lowest, highest, inverse, top_p, threshold, share, True, BLOCK
+        )
+        equal = count_equal(at_low, at_high, wanted, key, highest, inverse, True)
+        num_equal = tl.where(key == threshold, tl.minimum(num_equal, equal), equal)
+        threshold = tl.maximum(threshold, key)
+        lowest = tl.maximum(lowest, from_key(threshold))
+    return threshold, num_equal, lowest
+
+
+@triton.jit
 def select_kernel(
     logits,
     rows,
@@ -216,49 +241,11 @@ def select_kernel(
     highs = plane(workspace, HIGHEST, row, num_rows, num_chunks)
     if temperature > 0.0:
         inverse = 1.0 / temperature
-        threshold, num_equal, share = LOWEST_KEY + 0, ALL + 0, 1.0
-        top_k = int_field(rows, row, TOP_K)
-        if (top_k > 0) & (top_k < vocab_size):
-            threshold, at_low, at_high, wanted = find_prefix(
-                line,
-                highs,
-                slack,
-                vocab_size,
-                lowest,
-                highest,
-                inverse,
-                top_k.to(tl.float32),
-                LOWEST_KEY,
-                1.0,
-                False,
-                BLOCK,
-            )
-            num_equal = count_equal(at_low, at_high, wanted, threshold, highest, inverse, False)
-            share = tl.where(at_low < wanted, 1.0, (wanted - at_high) / tl.maximum(at_low - at_high, 1.0))
-            lowest = tl.maximum(lowest, from_key(threshold))
-        top_p = float_field(rows, row, TOP_P)
-        if top_p < 1.0:
-            key, at_low, at_high, wanted = find_prefix(
-                line, highs, slack, vocab_size, lowest, highest, inverse, top_p, threshold, share, True, BLOCK
-            )
-            equal = count_equal(at_low, at_high, wanted, key, highest, inverse, True)
-            num_equal = tl.where(key == threshold, tl.minimum(num_equal, equal), equal)
-            threshold = tl.maximum(threshold, key)
-            lowest = tl.maximum(lowest, from_key(threshold))
+        threshold, num_equal, lowest = filters(
+            line, highs, slack, rows, row, vocab_size, lowest, highest, inverse, BLOCK
+        )
         winner = draw(
-            line,
-            highs,
-            slack,
-            rows,
-            row,
-            vocab_size,
-            lowest,
-            highest,
-            temperature,
-            threshold,
-            num_equal,
-            winner,
-            BLOCK,
+            line, highs, slack, rows, row, vocab_size, lowest, highest, temperature, threshold, num_equal, winner, BLOCK
         )
     tl.store(workspace + PLANES * num_rows * num_chunks + row, as_bits(winner))
 
