@@ -174,7 +174,7 @@ void Executor::work(int thread) {
 void Executor::wait(int thread, uint32_t seen) {
   if (changes_.spin(seen, kSpin, false)) return;
   for (int other = 0; other < program_.num_threads; other++) {
-    const Place& place = places_[(size_t)other];
+    Place& place = places_[(size_t)other];
     if (other == thread || !place.is_busy()) continue;
     const int64_t before = place.nanoseconds();
     if (changes_.spin(seen, kLook, false)) return;

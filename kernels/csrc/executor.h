@@ -1,4 +1,4 @@
-// One step of a program on the pool's threads. Made and called by executor_abi.cpp.
+// One step of a program on the pool's threads. Made and called by abi_executor.cpp.
 #pragma once
 
 #include <atomic>

@@ -45,10 +45,13 @@ int64_t Place::nanoseconds() const {
   return (int64_t)time.tv_sec * 1'000'000'000 + time.tv_nsec;
 }
 
-void Place::swap() const {
+void Place::swap() {
   const int there = cpu_.load(std::memory_order_relaxed), here = sched_getcpu();
   if (there < 0 || here < 0 || there == here || is_moving.test_and_set(std::memory_order_acquire)) return;
-  if (move(thread_.load(std::memory_order_relaxed), here)) move(0, there);
+  if (move(thread_.load(std::memory_order_relaxed), here)) {
+    cpu_.store(here, std::memory_order_relaxed);
+    move(0, there);
+  }
   is_moving.clear(std::memory_order_release);
 }
 
@@ -61,7 +64,7 @@ namespace headrace {
 void Place::take() {}
 void Place::set_busy(bool is_busy) { is_busy_.store(is_busy, std::memory_order_relaxed); }
 int64_t Place::nanoseconds() const { return -1; }
-void Place::swap() const {}
+void Place::swap() {}
 
 }  // namespace headrace
 

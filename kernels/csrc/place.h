@@ -28,7 +28,7 @@ class Place {
 
   // Called by another thread: the two change places. It goes on at once; the caller goes on when it is its turn over
   // there. Nothing where one of them may not run in the other's place, or where two threads already change places.
-  void swap() const;
+  void swap();
 
  private:
   alignas(kAlign) std::atomic<int64_t> thread_{0};
