@@ -1,6 +1,6 @@
 """RMSNorm on the GPU: rows or heads, with the residual added first and the output quantised where asked for.
 
-Called by the GPU executor for prefill (in decode the norm is a prologue of the product that follows).
+Called by the GPU executor where the rows are to be in 8 bits, and where no product takes the norm in.
 """
 
 from __future__ import annotations
