@@ -1,7 +1,7 @@
 """The product on the GPU: one launch for norm, product, bias, activation and residual. Called by the GPU executor.
 
 A row's result depends on the row and the weight alone: not on the other rows, their number, or the block sizes. For
-many rows the norm is a launch of its own, with the same bits.
+many rows a norm that the product before has not prepared is a launch of its own, with the same bits.
 """
 
 from __future__ import annotations
