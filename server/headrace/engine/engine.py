@@ -133,6 +133,11 @@ class Engine:
         return outputs
 
     @property
+    def executor(self) -> Executor:
+        """What it runs on."""
+        return self._executor
+
+    @property
     def last_step(self) -> StepRecord | None:
         """The last step that is done; its number tells it from the one before."""
         return self._scheduler.last_step

@@ -5,6 +5,7 @@ limits. Called by engine_main with what the front end's Load frame says, and by 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from headrace.kernels.program import StepProgram
 from headrace.models.errors import ModelError
 from headrace.models.load import ModelInfo, load_model
 from headrace.models.packed import load_packed
-from headrace.server import backends, frames
+from headrace.server import backends, frames, self_test
 from headrace.server.cli import hardware
 
 log = logging.getLogger("headrace.engine")
@@ -53,11 +54,20 @@ def build_engine(load: frames.Load, on_progress: Callable[[float], None]) -> Bui
         from headrace.server.gpu_build import build_triton  # imports torch and triton
 
         built = build_triton(load, on_progress)
+        if not os.environ.get("TRITON_INTERPRET"):  # there it would take minutes
+            _test(built, load)
         precision = f"{load.compute_dtype} kv={load.kv_dtype} quantization={load.quantization}"
         return replace(built, arithmetic=f"{built.backend} {version('headrace')} {precision}")
     kv_dtype = backends.choose_kv_dtype(choice.name, load.kv_dtype)
     build = _build_native if choice.name == "native" else _build_torch
-    return build(load, kv_dtype, on_progress)
+    built = build(load, kv_dtype, on_progress)
+    _test(built, load)
+    return built
+
+
+def _test(built: Built, load: frames.Load) -> None:
+    """The self-test, on an engine of its own: nothing of it shows in the counts of the one that serves."""
+    self_test.check(Engine(built.engine.executor, built.engine.config), Path(load.path))
 
 
 def _build_native(load: frames.Load, kv_dtype: backends.KvDtype, on_progress: Callable[[float], None]) -> Built:
