@@ -45,26 +45,31 @@ class _Killer:
 
     fleet: Fleet
     num_kills: int = 0
-    errors: list[str] = field(default_factory=list)
+    dead: set[int] = field(default_factory=set)  # replicas that are not back in rotation yet
 
     @contextlib.asynccontextmanager
     async def at_work(self, pause: tuple[float, float]) -> AsyncIterator[None]:
         """pause: seconds between two kills, from and to."""
-        task = asyncio.ensure_future(self._work(random.Random(4), pause))
+        tasks = [asyncio.ensure_future(self._work(random.Random(seed), pause)) for seed in (4, 5)]
         try:
             yield
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _work(self, rng: random.Random, pause: tuple[float, float]) -> None:
         while True:
             await asyncio.sleep(rng.uniform(*pause))
-            victim = rng.choice(self.fleet.replicas)
+            alive = [replica for replica in self.fleet.replicas if replica.number not in self.dead]
+            if len(alive) < 2:
+                continue
+            victim = rng.choice(alive)
+            self.dead.add(victim.number)
             await victim.kill()
             self.num_kills += 1
             await self.fleet.restart(victim)
+            self.dead.discard(victim.number)
 
 
 def _request(number: int, max_tokens: int) -> tuple[str, Sampling]:
@@ -141,14 +146,14 @@ async def _judge(fleet: Fleet, count: int, max_tokens: int, pause: tuple[float, 
 )
 async def killed_at_random(stage: Stage) -> Verdict:
     async with stage.fleet(3) as fleet:
-        count, max_tokens = (40, 600) if stage.is_quick else (200, 400)
+        count, max_tokens = (40, 600) if stage.is_quick else (200, 1200)
         return await _judge(fleet, count, max_tokens, (0.1, 0.7))
 
 
 @claim("the same on the default model, SmolLM2-135M", quick=False, timeout=900)
 async def killed_at_random_smollm2(stage: Stage) -> Verdict:
     async with stage.fleet(3, model=stage.smollm2) as fleet:
-        return await _judge(fleet, 12, 80, (1.0, 3.0))
+        return await _judge(fleet, 16, 160, (0.5, 2.0))
 
 
 @claim("the Node client writes the same transcripts while replicas are killed")
