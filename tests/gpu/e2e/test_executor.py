@@ -142,6 +142,24 @@ def test_rows_are_bit_equal_whatever_runs_beside_them(smallest: LoadedModel, dev
     np.testing.assert_array_equal(executor.forward(crowd)[2], want)
 
 
+@pytest.mark.parametrize(("architecture", "quantization"), [("llama-smallest", "Q4_1"), ("qwen3", "F32")])
+def test_rows_are_bit_equal_whichever_step_they_come_in(
+    tiny_models: TinyModels, device: str, architecture: str, quantization: str
+) -> None:
+    """A prompt at once, in chunks, behind a prefix hit, token by token: what recomputing after preemption and resuming
+    on another replica rely on."""
+    executor = gpu_executor(load_model(tiny_models.gguf(architecture, quantization)), device)
+    ids = [(7 * i + 3) % 90 for i in range(37)]
+    want = executor.forward(step_batch([(ids, 0, [9, 2, 4])], BLOCK))
+    whole = executor.forward(step_batch([(ids, 0, [1, 6, 5])], BLOCK, last_only=True))
+    np.testing.assert_array_equal(whole[0], want[-1])  # rows of logits selected early
+    hit = executor.forward(step_batch([(ids[16:], 16, [9, 7, 8])], BLOCK))
+    np.testing.assert_array_equal(hit, want[16:])
+    for begin, end in ((0, 5), (5, 33), (33, 34), (34, 35), (35, 37)):
+        chunk = executor.forward(step_batch([(ids[begin:end], begin, [3, 10, 11])], BLOCK))
+        np.testing.assert_array_equal(chunk, want[begin:end], f"rows {begin} to {end}")
+
+
 class EagerGraphs(DecodeGraphs):
     """Graphs without CUDA: a captured step is run again."""
 
