@@ -1,6 +1,6 @@
 """Which waiting sequence comes next, and who stands before whom among those that run. Called by the scheduler only.
 
-The order, and why (docs/decisions/0009):
+The order, and why (docs/decisions/0010):
 1. Batch work (priority BATCH) waits behind all other work.
 2. Who has been served before, and lost its blocks, comes before who has not.
 3. The tenant that has been served least: a virtual token counter per tenant (Sheng et al. 2024, "Fairness in Serving

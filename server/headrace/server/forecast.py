@@ -2,7 +2,7 @@
 
 Pure. `admission.py` asks before it admits; the costs are the engine's running estimates (`headrace.engine.estimates`),
 the backlog is the front end's own count, so that nothing is stale while the engine is in a long step. A forecast is 0
-where nothing is known yet: without experience nobody is refused. docs/decisions/0009 says how good it is.
+where nothing is known yet: without experience nobody is refused. docs/decisions/0010 says how good it is.
 """
 
 from __future__ import annotations

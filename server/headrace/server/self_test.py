@@ -1,6 +1,6 @@
 """What an engine must show before it is ready: a fixed prompt, whose numbers must be finite, agree with each other, and
 for models that we know be those of the reference. Called by `engine_build`; takes a tenth of a second, and loads every
-kernel on the way. docs/decisions/0010 says what it detects.
+kernel on the way. docs/decisions/0011 says what it detects.
 
     python -m headrace.server.self_test MODEL.gguf     prints the entry of golden.json, computed by the torch reference
 """
