@@ -154,8 +154,8 @@ def _waivers(rows: Sequence[CaseRow]) -> list[str]:
     lines = [
         "## Not reached",
         "",
-        "Checks that the gate does not make of some kernels, and why. The baseline names each kernel and how bad it is:",
-        "another one that fails, a worse figure and a waiver that nothing needs any more fail the gate.",
+        "Checks that the gate does not make of some kernels, and why. The baseline names each of them and how bad it",
+        "is; another one that fails, a worse figure and a waiver that nothing needs any more fail the gate.",
         "",
         "| cases | kernel | targets | check | kernels | worst | why |",
         "|---|---|---|---|---|---|---|",
