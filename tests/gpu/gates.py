@@ -1,6 +1,7 @@
 """`make gpu-gates`: everything that can be known about the GPU kernels without a GPU. Ends with `N passed, N failed`.
 
-    make gpu-gates                     all of it; what has not changed since it last passed is not run again
+    make gpu-gates                     all of it: 22 minutes on two cores, and half an hour more for kernels that are
+                                       not compiled yet; what has not changed since it last passed is not run again
     make gpu-gates ARGS=--quick        at most 8 minutes on two cores, for CI
     make gpu-gates ARGS="linear"       only steps whose name contains this
     make gpu-gates ARGS=--fresh        forget what passed before
