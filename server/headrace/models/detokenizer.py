@@ -28,7 +28,7 @@ class Detokenizer:
         """Text that the tokens complete, "" if none. Raises TokenizerError for a negative id."""
         tokenizer = self._tokenizer
         data = b"".join(
-            tokenizer.token_bytes(index) for index in ids if not (self._skip_special and tokenizer.is_special(index))
+            [tokenizer.token_bytes(index) for index in ids if not (self._skip_special and tokenizer.is_special(index))]
         )
         if self._drops_blank and data:
             data = data.removeprefix(b" ")

@@ -205,8 +205,8 @@ async def _until_failed(running: RunningServer) -> None:
 
 
 def _settle_heap() -> None:
-    """What was loaded stays: keep the garbage collector from walking it over and over. Full collections of a heap with
-    a vocabulary in it were half of the front end's processor time per message (docs/LOG.md)."""
+    """What was loaded stays: keep the garbage collector from walking it over and over; a heap
+    with a vocabulary in it takes it a tenth of a second."""
     gc.freeze()
     gc.set_threshold(_GC_THRESHOLD, 20, 20)
 

@@ -154,7 +154,13 @@ class Generation:
             self.stream.close()
 
     def _consume(self, taken: Taken) -> Chunk | None:
-        tokens, finish = taken.tokens, taken.finish
+        tokens, finish = taken
+        if finish is None and tokens and self._is_plain():
+            ids = [token.token_id for token in tokens]
+            offset = self._num_tokens
+            self._num_tokens += len(ids)
+            self._hasher.update(ids)
+            return Chunk(offset, tokens, self._detokenizer.push(ids), None, self.id)
         if finish is not None and finish.reason == "error":
             raise ServerError(errors.NUMERIC) if finish.error == "NUMERIC" else errors.new_incident()
         is_cut = self._matched is not None or self._is_interrupted
@@ -188,6 +194,15 @@ class Generation:
             return None
         tells_origin, self.tells_origin = self.tells_origin, False
         return Chunk(offset, tokens, text, self.ending, self.id, self.origin if tells_origin else None)
+
+    def _is_plain(self) -> bool:
+        """Whether tokens become text and nothing else: nearly always, and once per message."""
+        return (
+            self._stops is None
+            and self._matched is None
+            and not (self._is_interrupted or self._unsent or self.tells_origin)
+            and (self.stream is None or self.stream.trace_context is None)
+        )
 
     def _read(self, tokens: list[TokenOutput], finish: FinishOutput | None) -> tuple[list[TokenOutput], str]:
         """The tokens up to a stop string's last one, and their text."""
