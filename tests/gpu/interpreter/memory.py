@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import triton.language as tl
 import triton.runtime.interpreter as stock
 
 from tests.gpu.interpreter import sanitizer
@@ -61,6 +62,14 @@ def _plain_store(self: Any, ptr: Any, value: Any, cache: Any, eviction: Any) -> 
     return _store(self, ptr, value, None, cache, eviction)
 
 
+def _descriptor_load(self: Any, descriptor: Any, indices: Any, cache: Any, eviction: Any) -> Any:
+    """TMA: lanes outside of the tensor are zero (the stock load takes a bare mask, and keywords)."""
+    ptrs, mask = descriptor.materialize_pointers(indices)
+    kind = ptrs.get_element_ty()
+    zeros = handle(np.zeros(ptrs.data.shape, dtype=stock._get_np_dtype(kind)), kind)
+    return _load(self, ptrs, handle(mask, tl.int1), zeros, cache, eviction, False)
+
+
 def _untagged(ptrs: Any) -> Any:
     return stock.TensorHandle(ptrs.data & _ADDRESS, ptrs.dtype)
 
@@ -87,6 +96,7 @@ _stock_rmw, _stock_cas = _builder.create_atomic_rmw, _builder.create_atomic_cas
 
 def install() -> None:
     methods: dict[str, Any] = {
+        "create_descriptor_load": _descriptor_load,
         "create_masked_load": _load,
         "create_masked_store": _store,
         "create_load": _plain_load,
