@@ -84,7 +84,7 @@ def _many_packed(many: LinearConfig, kind: str, groups: int, has_zeros: bool, sp
     elif arch == "sm_100":
         is_large = kind == "int8" and not has_zeros
     elif arch == "sm_90":
-        is_large = not is_heavy and (splits == 1 or (kind == "int4" and groups == 1 and not has_zeros))
+        is_large = kind == "int4" and not is_heavy and (splits == 1 or (groups == 1 and not has_zeros))
     else:
         is_large = splits == 1 and not has_zeros
         if kind == "int4" and is_heavy and splits > 1:
