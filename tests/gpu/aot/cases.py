@@ -17,8 +17,8 @@ class Case:
     """One call of one op.
 
     call: launches on meta tensors. matrix: what its inner loop must multiply with: "float" (HMMA, HGMMA, tcgen05,
-    MFMA), "int8" (IMMA and its like), or None. runs_on: targets for which the call is meant. is_quick: among those
-    of `make gpu-gates ARGS=--quick`.
+    MFMA), "many" (of these, on sm_90 and sm_100, not HMMA), "int8" (IMMA and its like), or None. runs_on: targets for
+    which the call is meant. is_quick: among those of `make gpu-gates ARGS=--quick`.
     """
 
     name: str

@@ -16,8 +16,9 @@ from tests.gpu.aot.cases import Case
 from tests.gpu.aot.models import LLAMA_8B, LLAMA_70B_TP4, QWEN3_32B, SMOLLM2, ModelShape, has_fp8, meta, weight
 from tests.gpu.aot.targets import Target
 
-# Rows of a step: one sequence, a decode batch, a large one, a prefill chunk.
-ROWS = (1, 16, 64, 2048)
+# Rows of a step: one sequence, a decode batch, a large one, prefill chunks.
+ROWS = (1, 16, 64, 512, 2048)
+MANY = 512
 KINDS = {
     SMOLLM2.name: ("int4-g32z", "int8-g32"),
     LLAMA_8B.name: ("int4-g32z", "int4-g128", "int8-g32", "dense", "w8a8", "fp8", "fp8_block"),
@@ -114,11 +115,11 @@ def cases() -> Iterator[Case]:
                 if matrix.is_head and kind in ("w8a8", "fp8", "fp8_block"):
                     continue  # the output head stays in int8 or 16 bits
                 is_full = model is LLAMA_8B and matrix.name in ("qkv", "gate-up", "down")
-                for rows in ROWS[0 if kind == "int4-g32z" else 1 :] if is_full else (16, 2048):
+                for rows in ROWS[0 if kind == "int4-g32z" else 1 :] if is_full else (16, 512, 2048):
                     is_quick = model is LLAMA_8B and matrix.name in ("qkv", "gate-up", "down") and rows in (16, 2048)
                     is_quick = is_quick and kind in ("int4-g32z", "int4-g128", "int8-g32", "dense")
                     call = partial(multiply, matrix=matrix, kind=kind, rows=rows)
-                    unit = "int8" if kind == "w8a8" else "float"
+                    unit = "int8" if kind == "w8a8" else "many" if rows >= MANY else "float"
                     name = f"linear/{kind}/{model.name}/{matrix.name}/{rows}"
                     yield Case(name, call, unit, runs_on, is_quick)
 

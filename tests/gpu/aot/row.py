@@ -56,8 +56,8 @@ class Row:
 
     @property
     def wide_share(self) -> float:
-        """Of the bytes that the main loop loads, those loaded 16 at a time; TMA counts as wide."""
-        loads = self.loop_loads or self.loads
+        """Of the bytes that the main loop loads, those loaded 16 at a time; a loop that only TMA feeds is wide."""
+        loads = self.loop_loads or ({} if self.bulk else self.loads)
         total = sum(width * count for width, count in loads.items())
         return 16 * loads.get(16, 0) / total if total else 1.0
 
