@@ -55,7 +55,7 @@ export class Client {
    *
    *  prompt: {text}, {messages: [{role, content}]} or {tokenIds}. sampling: the fields of headrace.v1.SamplingParams in
    *  camel case. timeout: seconds. With resume, a broken connection or a server that dies is not seen: the generation
-   *  goes on, here or on another replica, with the very tokens that it would have had; timeout is then that of all calls.
+   *  goes on, here or on another replica, with the very tokens that it would have had; timeout is then for all calls.
    *  Leaving the loop early cancels the generation. Throws HeadraceError. */
   async *generate(prompt, sampling = {}, { resume = false, timeout, label = "", cacheSalt = "" } = {}) {
     const request = { model: this.#model, prompt: toPrompt(prompt), sampling, requestLabel: label, cacheSalt };

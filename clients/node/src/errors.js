@@ -15,7 +15,7 @@ const { root } = protobuf.parse(`
 const [Status, ErrorInfo, RetryInfo] = ["Status", "ErrorInfo", "RetryInfo"].map((name) => root.lookupType(name));
 
 /** What a server, or the way to it, answered instead of a result.
- *  code: a grpc.status. reason: from docs/API.md, "" where it does not come from Headrace. retryAfter: seconds, or null. */
+ *  code: a grpc.status. reason: from docs/API.md, "" where it is not Headrace's. retryAfter: seconds, or null. */
 export class HeadraceError extends Error {
   constructor(code, message, { reason = "", retryAfter = null } = {}) {
     super(`${grpc.status[code]}${reason ? ` (${reason})` : ""}: ${message}`);

@@ -146,7 +146,7 @@ async def _judge(fleet: Fleet, count: int, max_tokens: int, pause: tuple[float, 
 )
 async def killed_at_random(stage: Stage) -> Verdict:
     async with stage.fleet(3) as fleet:
-        count, max_tokens = (40, 600) if stage.is_quick else (200, 1200)
+        count, max_tokens = (40, 400) if stage.is_quick else (200, 1200)
         return await _judge(fleet, count, max_tokens, (0.1, 0.7))
 
 
