@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from headrace.kernels.gpu import device
 from headrace.kernels.gpu.device import Gpu, Probe
 from headrace.kernels.native import library
 from headrace.kernels.program import KvLayout, StepProgram
 from headrace.models.errors import ModelError
-from headrace.server import backends, frames
+from headrace.server import backends, frames, model_host
 from headrace.server.backends import Choice
 from headrace.server.cli import hardware
 from headrace.server.config import ConfigError, ServerConfig
@@ -36,9 +37,7 @@ def _no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load_frame(path: Path, **settings: object) -> frames.Load:
-    config = ServerConfig()
-    values = {name: getattr(config, name) for name in frames.Load.__struct_fields__ if hasattr(config, name)}
-    return frames.Load(**{**values, "path": str(path), **settings})  # type: ignore[arg-type]
+    return msgspec.structs.replace(model_host.load_frame(ServerConfig(), path), **settings)
 
 
 def test_the_native_library_is_chosen_where_it_loads() -> None:

@@ -15,9 +15,10 @@ import numpy as np
 from headrace.engine.types import SamplingParams, SequenceRequest
 from headrace.kernels.program import Linear
 from headrace.models.checkpoint import open_checkpoint
-from headrace.server import engine_main, frames
+from headrace.server import engine_main
 from headrace.server.cli import hardware
 from headrace.server.config import ServerConfig
+from headrace.server.model_host import load_frame
 from protocol import serve
 from windows import window_logits
 
@@ -30,9 +31,7 @@ class Driver:
         self._next_id = 1
 
     def hello(self) -> dict[str, Any]:
-        names = [name for name in frames.Load.__struct_fields__ if name != "path"]
-        load = frames.Load(path=str(self._path), **{name: getattr(self._config, name) for name in names})
-        built = engine_main.build_engine(load, lambda _: None)
+        built = engine_main.build_engine(load_frame(self._config, self._path), lambda _: None)
         self._engine = built.engine
         self.decode([[1] * 16], 4)
         return {"versions": hardware.versions(), "backend": built.backend, **self._work()}
@@ -60,13 +59,19 @@ class Driver:
     def decode(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
         """Steps until every stream has its first token, then times `new` more with all streams running.
 
-        A few tokens more are allowed for: while the last prompts are read, the first streams decode already.
+        A stream that has its first token is parked while the last prompts are read, so that all are equally long then,
+        as the peers' are.
         """
-        slack = 2 + len(prompts) + sum(map(len, prompts)) // self._config.max_num_batched_tokens
         begin = time.perf_counter()
-        waiting = ids = {self._add(prompt, new + slack) for prompt in prompts}
+        waiting = ids = {self._add(prompt, new + 2) for prompt in prompts}
         while waiting:
-            waiting = waiting - {output.id for output in self._engine.step() if output.tokens}
+            begun = {output.id for output in self._engine.step() if output.tokens}
+            waiting = waiting - begun
+            for sequence_id in begun:
+                self._engine.park(sequence_id)
+        for sequence_id in ids:
+            self._engine.unpark(sequence_id)
+        self._engine.step()  # takes them all in
         first = time.perf_counter()
         tokens = sum(len(output.tokens) for _ in range(new) for output in self._engine.step())
         seconds = time.perf_counter() - first

@@ -109,7 +109,7 @@ class ModelHost:
         engine: asyncio.Task[None] | None = None
         try:
             path = await _in_daemon_thread(lambda: resolve(self._config.model))
-            engine = asyncio.ensure_future(self.supervisor.run(self._load_frame(path)))
+            engine = asyncio.ensure_future(self.supervisor.run(load_frame(self._config, path)))
             front, digest = await asyncio.gather(
                 _in_daemon_thread(lambda: load_front(path)), _in_daemon_thread(lambda: model_digest(path))
             )
@@ -190,37 +190,38 @@ class ModelHost:
             return ServerError(errors.MODEL_FAILED)
         return ServerError(errors.MODEL_LOADING, retry_after=1.0)
 
-    def _load_frame(self, path: Path) -> frames.Load:
-        config = self._config
-        return frames.Load(
-            path=str(path),
-            block_size=config.block_size,
-            num_blocks=config.num_blocks,
-            kv_cache_bytes=config.kv_cache_bytes,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
-            max_live_sequences=config.max_live_sequences,
-            max_live_tokens=config.max_live_tokens,
-            num_threads=config.num_threads,
-            enable_prefix_cache=config.enable_prefix_cache,
-            backend=config.backend,
-            kv_dtype=config.kv_dtype,
-            activation_bits=16 if config.activation_bits == 16 else 8,
-            kv_cache_tokens=config.kv_cache_tokens,
-            compute_dtype=config.compute_dtype,
-            attention=config.attention,
-            gpu_memory_fraction=config.gpu_memory_fraction,
-            swap_space_bytes=int(config.swap_space_gb * (1 << 30)),
-            quantization=config.quantization,
-        )
-
     @staticmethod
     def _template_worker(front: FrontModel) -> TemplateWorker | None:
         if front.chat_template is None:
             return None
         template = front.chat_template
         return TemplateWorker(template.source, template.bos_token, template.eos_token)
+
+
+def load_frame(config: ServerConfig, path: Path) -> frames.Load:
+    """What the engine process is told to load, and how to run it; benches build their engines from it too."""
+    return frames.Load(
+        path=str(path),
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        kv_cache_bytes=config.kv_cache_bytes,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        max_live_sequences=config.max_live_sequences,
+        max_live_tokens=config.max_live_tokens,
+        num_threads=config.num_threads,
+        enable_prefix_cache=config.enable_prefix_cache,
+        backend=config.backend,
+        kv_dtype=config.kv_dtype,
+        activation_bits=16 if config.activation_bits == 16 else 8,
+        kv_cache_tokens=config.kv_cache_tokens,
+        compute_dtype=config.compute_dtype,
+        attention=config.attention,
+        gpu_memory_fraction=config.gpu_memory_fraction,
+        swap_space_bytes=int(config.swap_space_gb * (1 << 30)),
+        quantization=config.quantization,
+    )
 
 
 async def _in_daemon_thread(work: Callable[[], T]) -> T:
