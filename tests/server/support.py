@@ -51,7 +51,7 @@ async def bench(model: Path, engine_command: Sequence[str] | None = None, **sett
     config = ServerConfig(**{"model": str(model), "model_name": "tiny", "port": 0, "lame_duck": 0.0, **settings})
     options = {} if engine_command is None else {"engine_command": engine_command}
     async with start_server(config, **options) as running:
-        await asyncio.wait_for(running.wait_ready(), 60)
+        await asyncio.wait_for(running.wait_ready(), 3 * PATIENCE)
         async with grpc.aio.insecure_channel(running.address) as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             yield Bench(running, channel, stub, models_pb2_grpc.ModelServiceStub(channel))

@@ -14,13 +14,14 @@ from pathlib import Path
 from headrace.client import Client
 
 from tests.conftest import TinyModels
-from tests.server.cli_support import COMMAND, PATIENCE
+from tests.gpu.e2e.conftest import PATIENCE
+from tests.server.cli_support import COMMAND
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HEADRACE_BACKEND": "triton"}
     return subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, env=environment, timeout=60, check=True
+        [*COMMAND, *arguments], capture_output=True, text=True, env=environment, timeout=PATIENCE, check=True
     )
 
 
@@ -58,7 +59,7 @@ def test_a_kv_type_that_does_not_go_with_the_compute_type_is_a_sentence(tiny_mod
         capture_output=True,
         text=True,
         env=environment,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode != 0
