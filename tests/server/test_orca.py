@@ -96,7 +96,7 @@ async def test_faults_of_the_server_are_errors(tiny_llama_gguf: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError):
             await drained(server.stub.Generate(tokens_request([scripted_engine.NAN])))
         report = await _stream(server, 1).read()
-        assert report.eps == pytest.approx(report.rps_fractional)
+        assert report.eps == pytest.approx(report.rps_fractional, rel=0.05)
         assert report.eps > 0
 
 
