@@ -218,7 +218,7 @@ class EngineClient(asyncio.Protocol):
             stream.fail(ServerError(errors.ENGINE_RESTARTED))
         else:
             request = make_request(stream.id)
-            stream.trace_context = self._observer.submitted(stream.id, request.arrival)
+            stream.trace_context = self._observer.submitted(request)
             if stream.trace_context is not None:
                 request = msgspec.structs.replace(request, is_traced=True)
             self.send(frames.Submit(request))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from headrace.engine.types import FinishOutput, StepRecord, TimelineEvent
+import msgspec
+from headrace.engine.types import FinishOutput, SequenceRequest, StepRecord, TimelineEvent
 from headrace.server import metrics, telemetry
 from headrace.server.telemetry import Work
 from opentelemetry import trace
@@ -28,6 +29,7 @@ class Watched:
     work: Work
     submitted: float  # CLOCK_MONOTONIC seconds
     is_traced: bool
+    num_held: int  # outputs that were generated elsewhere
     steps: dict[int, SpanContext] = field(default_factory=dict)
 
 
@@ -38,14 +40,14 @@ class Observer:
         self._model = model
         self._watched: dict[int, Watched] = {}
 
-    def submitted(self, sequence_id: int, at: float) -> Context | None:
-        """A sequence goes to the engine. at: CLOCK_MONOTONIC seconds. Returns where its spans belong; None where it is
-        not traced, and its timeline not wanted."""
+    def submitted(self, request: SequenceRequest) -> Context | None:
+        """A sequence goes to the engine. Returns where its spans belong; None where it is not traced, and its timeline
+        not wanted."""
         work = telemetry.current_work(self._model)
         if work is None:
             return None
         is_traced = trace.get_current_span(work.context).is_recording()
-        self._watched[sequence_id] = Watched(work, at, is_traced)
+        self._watched[request.id] = Watched(work, request.arrival, is_traced, len(request.held))
         return work.context if is_traced else None
 
     def stepped(self, record: StepRecord) -> None:
@@ -63,6 +65,9 @@ class Observer:
         watched = self._watched.pop(sequence_id, None)
         if watched is None or finish is None:
             return
+        if watched.num_held:
+            num_outputs = max(0, finish.num_output_tokens - watched.num_held)
+            finish = msgspec.structs.replace(finish, num_output_tokens=num_outputs)
         metrics.generation_ended(watched.work, finish, time.monotonic() - watched.work.began)
         if watched.is_traced:
             _sequence_spans(watched, finish)
