@@ -100,12 +100,17 @@ IN_RESUME_TESTS = {
     "continuation.arithmetic",
     "resumable",
 }
-# Commands of a session, which test_session.py takes through their paces.
+# Commands of a session, which test_session.py and test_session_control.py take through their paces.
 IN_SESSION_TESTS = {
-    "SessionStart": {"generation_id", "request", "conversation_id"},
-    "SessionAppend": {"generation_id", "conversation_id", "messages", "sampling"},
+    "SessionStart": {"generation_id", "request", "conversation_id", "credit_tokens"},
+    "SessionAppend": {"generation_id", "conversation_id", "messages", "sampling", "credit_tokens"},
     "SessionCancel": {"generation_id"},
-    "SessionUpdate": {"generation_id", "max_tokens"},
+    "SessionInterrupt": {"generation_id", "heard_tokens"},
+    "SessionPause": {"generation_id"},
+    "SessionResume": {"generation_id"},
+    "SessionCredit": {"generation_id", "tokens"},
+    "SessionUpdate": {"generation_id", "max_tokens", "stop_conditions"},
+    "StopConditions": {"stop", "stop_token_ids", "ignore_eos"},
     "SessionPing": {"nonce"},
 }
 
