@@ -44,7 +44,7 @@ _MATRIX = {
 }
 # What many rows must be multiplied with where there is more than a warp's instruction.
 _MANY = {"cuda:90": ("HGMMA", "QGMMA"), "cuda:100": ("UTCHMMA", "UTCQMMA")}
-WITHOUT_MATRIX = ("reduce_kernel",)  # kernels of cases that multiply which themselves do not
+WITHOUT_MATRIX = ("reduce_kernel", "_groups_kernel")  # kernels of cases that multiply which themselves do not
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ WAIVERS = (
     Waiver(
         "linear/int4-g32z/*/qkv/16 linear/int4-g32z/llama-3-8b/qkv/* linear/int4-g128*/qkv/*"
         " linear/int8-g32/llama-3-8b/qkv/16",
-        "packed_kernel",
+        "packed_kernel persistent_packed_kernel",
         "cuda:80 cuda:89 cuda:90 cuda:100",
         "wide",
         "a tile is a head of 128 rows that 8 warps share: 8 bytes of packed weights a thread, sectors used whole",
@@ -107,6 +107,20 @@ WAIVERS = (
         "hip:gfx942",
         "wide",
         "tiles are laid out for warps of 32 lanes; 8 bytes a lane are 512 a wave, in one piece",
+    ),
+    Waiver(
+        "linear/fp8_block/*/qkv/16 linear/fp8_block/*/64",
+        "direct_kernel",
+        "cuda:90 cuda:100",
+        "wide",
+        "the rest are x's scales of a block, 4 bytes a row; weights and activations come 16 at a time",
+    ),
+    Waiver(
+        "linear/fp8_block/*/16",
+        "direct_kernel",
+        "cuda:100",
+        "wide",
+        "as above: 32 rows of a tile of 128 lie in every thread as tensor memory is read",
     ),
     Waiver(
         "linear/fp8_block/*/512 linear/fp8_block/*/2048",

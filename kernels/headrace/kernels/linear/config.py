@@ -86,7 +86,7 @@ def _many_packed(many: LinearConfig, kind: str, groups: int, has_zeros: bool, sp
     elif arch == "sm_90":
         is_large = kind == "int4" and not is_heavy and (splits == 1 or (groups == 1 and not has_zeros))
     else:
-        is_large = splits == 1 and not has_zeros
+        is_large = False
         if kind == "int4" and is_heavy and splits > 1:
             return replace(many, block_m=64, block_n=64, num_warps=4)
     return many if is_large else replace(many, block_m=64)
