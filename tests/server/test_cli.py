@@ -208,7 +208,7 @@ def test_bench_measures_a_server(invoke: Invoke, live_server: LiveServer) -> Non
     summary = result["summary"]
     assert (summary["num_requests"], summary["num_failed"], summary["output_tokens"]) == (6, 0, 30)
     assert summary["ttft_ms"]["p50"] > 0
-    assert summary["itl_ms"]["p50"] >= 5  # milliseconds: half a step of the counting engine; two messages may arrive together
+    assert summary["itl_ms"]["p50"] >= 5  # milliseconds: half a step; two messages may come together
     assert summary["goodput_per_second"] == summary["requests_per_second"]
     shown = invoke("bench", *options, "--rate", "200").out
     assert "6 requests at 200/s (poisson)" in shown
