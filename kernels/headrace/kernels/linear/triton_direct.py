@@ -160,8 +160,7 @@ def sum_blocks(
             scale = offset // SCALE_BLOCK
             xs = None
             if x_scale is not None:
-                place = m * stride_x_scale + scale * stride_x_scale_k  # 32 bits: an instruction less for every scale
-                xs = tl.load(x_scale + place, mask=m < M, other=0.0)
+                xs = tl.load(x_scale + m * stride_x_scale + scale * stride_x_scale_k, mask=m < M, other=0.0)
             factor = _block_factor(w_scale + scale, xs, tile_n, num_rows, stride_w_scale, IS_GATED, BLOCK_N)
             acc += part * factor
         elif dtype == tl.float8e4nv:
