@@ -76,19 +76,15 @@ def default_config(
 
 
 def _many_packed(many: LinearConfig, kind: str, groups: int, has_zeros: bool, splits: int, arch: str) -> LinearConfig:
-    """Sums of a group, of a chunk and of all of K are three sets of registers; on sm_100 a tile of 128 x 128 unpacked
-    int4 planes is more than tensor memory holds."""
+    """Sums of a group, of a chunk and of all of K are three sets of registers, and warp groups need fewest besides; on
+    sm_100 a tile of 128 x 128 unpacked int4 planes is more than tensor memory holds."""
     is_heavy = groups > 1 and has_zeros
-    if _is_amd(arch):
-        is_large = not is_heavy
-    elif arch == "sm_100":
+    if arch not in WITH_TMA:
+        return replace(many, block_m=64, block_n=64, num_warps=4)
+    if arch == "sm_100":
         is_large = kind == "int8" and not has_zeros
-    elif arch == "sm_90":
-        is_large = kind == "int4" and not is_heavy and (splits == 1 or (groups == 1 and not has_zeros))
     else:
-        is_large = False
-        if kind == "int4" and is_heavy and splits > 1:
-            return replace(many, block_m=64, block_n=64, num_warps=4)
+        is_large = kind == "int4" and not is_heavy and (splits == 1 or (groups == 1 and not has_zeros))
     return many if is_large else replace(many, block_m=64)
 
 
