@@ -95,7 +95,7 @@ def _fits(name: str, patterns: str) -> bool:
 WAIVERS = (
     Waiver(
         "linear/int4-g32z/*/qkv/16 linear/int4-g32z/llama-3-8b/qkv/* linear/int4-g128*/qkv/*"
-        " linear/int8-g32/llama-3-8b/qkv/16",
+        " linear/int8-g32/*/qkv/16",
         "packed_kernel persistent_packed_kernel",
         "cuda:80 cuda:89 cuda:90 cuda:100",
         "wide",
