@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.kernels.gpu import tuning
-from headrace.kernels.linear.config import LinearConfig
+from headrace.kernels.linear.config import MANY_ROWS, WITH_TMA, LinearConfig
 
 ROWS = (16, 64, 256)
 KINDS = ("int4", "int8", "dense")
@@ -43,13 +43,21 @@ class Job:
         return sum(len(part) for part in self.parts)
 
 
-def linear_candidates(m: int) -> Iterator[LinearConfig]:
-    """Tiles that a product of m rows can use; few rows want many small programs that split K."""
+def linear_candidates(m: int, *, has_tma: bool = False) -> Iterator[LinearConfig]:
+    """Tiles that a product of m rows can use; few rows want many small programs that split K, many rows a program per
+    SM. has_tma: many rows may come through tensor descriptors as well."""
     block_m = next(size for size in (16, 32, 64, 128) if size >= min(m, 128))
     few = ((32, 2, 3), (32, 2, 4), (32, 2, 5), (64, 2, 4), (64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3))
     many = ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (128, 8, 4))
     for block_n, num_warps, num_stages in few if m <= 32 else many:
-        yield LinearConfig(block_m, block_n, num_warps, num_stages, split_programs=0 if m > 64 else 512)
+        config = LinearConfig(block_m, block_n, num_warps, num_stages, split_programs=512)
+        if m <= MANY_ROWS:
+            yield config
+            continue
+        config = replace(config, split_programs=0, programs_per_sm=1)
+        yield config
+        if has_tma:
+            yield replace(config, has_tma=True)
 
 
 def attention_candidates() -> tuple[tuple[Mapping[str, int], ...], ...]:
@@ -80,7 +88,9 @@ def jobs(models: list[str], kinds: list[str], rows: list[int]) -> Iterator[Job]:
                     "group_size": group,
                     "gated": int(is_gated),
                 }
-                yield Job("linear", linear, m, (tuple(asdict(config) for config in linear_candidates(m)),))
+                has_tma = kind == "dense" and _gpu.gpu_line().get("arch") in WITH_TMA
+                candidates = tuple(asdict(config) for config in linear_candidates(m, has_tma=has_tma))
+                yield Job("linear", linear, m, (candidates,))
 
 
 Runner = Callable[[Mapping[str, int]], list[Callable[[], None]]]  # from changes of the default to launches
