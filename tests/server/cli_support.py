@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import logging
 import os
 import pty
 import re
@@ -38,8 +39,11 @@ Invoke = Callable[..., Outcome]
 
 
 @pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Runs the command in this process, with `stdin` as its piped input."""
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
+    """Runs the command in this process, with `stdin` as its piped input. Commands that set up the log leave a handler
+    on a standard error that ends with the test; what was there before comes back."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
 
     def run(*arguments: str, stdin: str = "") -> Outcome:
         capsys.readouterr()
@@ -50,7 +54,9 @@ def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         captured = capsys.readouterr()
         return Outcome(status, captured.out, captured.err)
 
-    return run
+    yield run
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @contextmanager

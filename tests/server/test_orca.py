@@ -46,8 +46,9 @@ def _stream(server: Bench, seconds: float) -> Any:
     return method(request)
 
 
-async def test_every_call_ends_with_a_report(counting: Bench) -> None:
-    report = await _trailer(counting, max_tokens=2)
+async def test_every_call_ends_with_a_report(tiny_llama_gguf: Path) -> None:
+    async with bench(tiny_llama_gguf, scripted_engine.command()) as server:  # one in which nothing has failed yet
+        report = await _trailer(server, max_tokens=2)
     assert report.rps_fractional > 0
     assert 0 < report.application_utilization < 1
     assert 0 < report.mem_utilization < 1
