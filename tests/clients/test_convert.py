@@ -106,3 +106,12 @@ def test_the_callers_trace_goes_along() -> None:
     assert connection.merge_metadata(None, None) is None
     with provider.get_tracer("t").start_as_current_span("caller"):
         assert connection.merge_metadata(None, {"traceparent": "mine"}) == (("traceparent", "mine"),)
+
+
+def test_a_priority_is_one_of_three() -> None:
+    prompt = convert.make_prompt("x", None, None)
+    plain: Any = {"model": "", "label": "", "cache_salt": ""}
+    assert convert.make_generate(prompt, {}, **plain).priority == pb.PRIORITY_STANDARD
+    assert convert.make_generate(prompt, {}, **plain, priority="batch").priority == pb.PRIORITY_BATCH
+    with pytest.raises(TypeError, match="interactive, standard, batch"):
+        convert.make_generate(prompt, {}, **plain, priority="urgent")  # type: ignore[arg-type]

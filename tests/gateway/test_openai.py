@@ -25,7 +25,11 @@ async def test_a_completion_is_what_grpc_says(tiny_http: Http) -> None:
     request = tokens_request([5, 6, 7], max_tokens=12, ignore_eos=True)
     expected = await drained(tiny_http.server.stub.Generate(request))
     answer = await tiny_http.openai.completions.create(
-        model="tiny", prompt=[5, 6, 7], max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
+        model="tiny",
+        prompt=[5, 6, 7],
+        max_tokens=12,
+        temperature=0,
+        extra_body={"ignore_eos": True, "priority": "batch"},
     )
     assert answer.choices[0].text == text_of(expected)
     assert answer.choices[0].finish_reason == "length"
@@ -93,6 +97,7 @@ async def test_models(http: Http) -> None:
         ({"max_tokens": "many"}, "max_tokens", "INVALID_REQUEST"),
         ({"messages": []}, "messages", "INVALID_REQUEST"),
         ({"extra_body": {"tools": []}}, "tools", "INVALID_REQUEST"),
+        ({"extra_body": {"priority": "urgent"}}, "priority", "INVALID_REQUEST"),
         ({"top_logprobs": 3}, "top_logprobs", "INVALID_REQUEST"),
         ({"logprobs": True, "top_logprobs": 30}, "top_logprobs", "INVALID_REQUEST"),
         ({"max_tokens": 510}, None, "PROMPT_TOO_LONG"),

@@ -72,6 +72,7 @@ class AsyncClient:
         model: str | None = None,
         label: str = "",
         cache_salt: str = "",
+        priority: types.Priority = "standard",
         timeout: float | None = None,
         metadata: Metadata | None = None,
         resume: bool = False,
@@ -82,7 +83,7 @@ class AsyncClient:
         With `resume`, a broken connection or a server that dies is not seen: the generation goes on, here or on another
         replica, with the very tokens that it would have had. `timeout` is then that of all calls together.
         """
-        request = self._request(prompt, messages, token_ids, model, label, cache_salt, sampling)
+        request = self._request(prompt, messages, token_ids, model, label, cache_salt, priority, sampling)
         if resume:
             progress = Progress(request, self._timeout if timeout is None else timeout)
             return AsyncResumableGeneration(
@@ -99,12 +100,13 @@ class AsyncClient:
         model: str | None = None,
         label: str = "",
         cache_salt: str = "",
+        priority: types.Priority = "standard",
         timeout: float | None = None,
         metadata: Metadata | None = None,
         **sampling: Unpack[types.Sampling],
     ) -> list[types.Completion]:
         """The `n` (default 1) whole continuations of one prompt."""
-        request = self._request(prompt, messages, token_ids, model, label, cache_salt, sampling)
+        request = self._request(prompt, messages, token_ids, model, label, cache_salt, priority, sampling)
         call = pb.CompleteRequest(request=request)
         return convert.to_completions(await self._call(self._inference.Complete, call, timeout, metadata))
 
@@ -248,6 +250,7 @@ class AsyncClient:
         model: str | None,
         label: str,
         cache_salt: str,
+        priority: types.Priority,
         sampling: types.Sampling,
     ) -> pb.GenerateRequest:
         return convert.make_generate(
@@ -256,6 +259,7 @@ class AsyncClient:
             model=self._name(model),
             label=label,
             cache_salt=cache_salt,
+            priority=priority,
         )
 
     async def _call(

@@ -118,6 +118,7 @@ class AsyncSession:
         model: str | None = None,
         label: str = "",
         cache_salt: str = "",
+        priority: types.Priority = "standard",
         **sampling: Unpack[types.Sampling],
     ) -> AsyncSessionGeneration:
         """Starts a generation. With a `conversation` name and messages, `append` can go on with it later. With `credit`
@@ -128,6 +129,7 @@ class AsyncSession:
             model=self._model if model is None else model,
             label=label,
             cache_salt=cache_salt,
+            priority=priority,
         )
         generation = self._open(generation_id)
         command = pb.SessionStart(

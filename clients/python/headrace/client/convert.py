@@ -28,6 +28,11 @@ _STATES: dict[int, types.ModelState] = {
     models_pb2.MODEL_STATE_FAILED: "failed",
     models_pb2.MODEL_STATE_DRAINING: "draining",
 }
+_PRIORITIES = {
+    "interactive": pb.PRIORITY_INTERACTIVE,
+    "standard": pb.PRIORITY_STANDARD,
+    "batch": pb.PRIORITY_BATCH,
+}
 _SAMPLING_FIELDS = frozenset(types.Sampling.__optional_keys__)
 
 
@@ -68,11 +73,24 @@ def make_sampling(sampling: types.Sampling) -> pb.SamplingParams:
 
 
 def make_generate(
-    prompt: pb.Prompt, sampling: types.Sampling, *, model: str, label: str, cache_salt: str
+    prompt: pb.Prompt,
+    sampling: types.Sampling,
+    *,
+    model: str,
+    label: str,
+    cache_salt: str,
+    priority: types.Priority = "standard",
 ) -> pb.GenerateRequest:
-    """A whole GenerateRequest."""
+    """A whole GenerateRequest. Raises TypeError where there is no such priority."""
+    if priority not in _PRIORITIES:
+        raise TypeError(f"priority must be one of {', '.join(_PRIORITIES)}")
     return pb.GenerateRequest(
-        model=model, prompt=prompt, sampling=make_sampling(sampling), request_label=label, cache_salt=cache_salt
+        model=model,
+        prompt=prompt,
+        sampling=make_sampling(sampling),
+        request_label=label,
+        cache_salt=cache_salt,
+        priority=_PRIORITIES[priority],
     )
 
 

@@ -70,6 +70,7 @@ class Client:
         model: str | None = None,
         label: str = "",
         cache_salt: str = "",
+        priority: types.Priority = "standard",
         timeout: float | None = None,
         metadata: Metadata | None = None,
         resume: bool = False,
@@ -80,7 +81,7 @@ class Client:
         With `resume`, a broken connection or a server that dies is not seen: the generation goes on, here or on another
         replica, with the very tokens that it would have had. `timeout` is then that of all calls together.
         """
-        request = self._request(prompt, messages, token_ids, model, label, cache_salt, sampling)
+        request = self._request(prompt, messages, token_ids, model, label, cache_salt, priority, sampling)
         if resume:
             progress = Progress(request, self._timeout if timeout is None else timeout)
             return ResumableGeneration(
@@ -97,12 +98,13 @@ class Client:
         model: str | None = None,
         label: str = "",
         cache_salt: str = "",
+        priority: types.Priority = "standard",
         timeout: float | None = None,
         metadata: Metadata | None = None,
         **sampling: Unpack[types.Sampling],
     ) -> list[types.Completion]:
         """The `n` (default 1) whole continuations of one prompt."""
-        request = self._request(prompt, messages, token_ids, model, label, cache_salt, sampling)
+        request = self._request(prompt, messages, token_ids, model, label, cache_salt, priority, sampling)
         call = pb.CompleteRequest(request=request)
         return convert.to_completions(self._call(self._inference.Complete, call, timeout, metadata))
 
@@ -246,6 +248,7 @@ class Client:
         model: str | None,
         label: str,
         cache_salt: str,
+        priority: types.Priority,
         sampling: types.Sampling,
     ) -> pb.GenerateRequest:
         return convert.make_generate(
@@ -254,6 +257,7 @@ class Client:
             model=self._name(model),
             label=label,
             cache_salt=cache_salt,
+            priority=priority,
         )
 
     def _call(self, method: Callable[..., T], request: object, timeout: float | None, metadata: Metadata | None) -> T:

@@ -11,6 +11,7 @@ from typing import Literal, TypedDict
 
 Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "cancelled", "error", "interrupted"]
+Priority = Literal["interactive", "standard", "batch"]  # its class when the server has more than it can do
 ModelState = Literal["loading", "ready", "failed", "draining"]
 
 

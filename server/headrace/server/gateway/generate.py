@@ -131,6 +131,7 @@ class Generator:
             token_ids=prompt.token_ids,
             model=request.model,
             cache_salt=request.cache_salt,
+            priority=request.priority,
             metadata=metadata,
             **sampling,
         )
@@ -152,6 +153,7 @@ class Generator:
                         token_ids=prompt.token_ids,
                         model=request.model,
                         cache_salt=request.cache_salt,
+                        priority=request.priority,
                         metadata=metadata,
                         **_sampling(request),
                     )

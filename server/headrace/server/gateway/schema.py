@@ -44,6 +44,7 @@ class _Sampling(_Request):
     ignore_eos: StrictBool | None = None
     n: StrictInt | None = None
     cache_salt: str = ""
+    priority: Literal["interactive", "standard", "batch"] = "standard"
     user: str = ""  # taken, and not used: a label of the caller's that must not reach the log unseen
 
     @field_validator("stop", mode="before")
