@@ -150,11 +150,14 @@ def test_threads_may_run_where_they_might_before(model: LoadedModel) -> None:
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
             np.testing.assert_array_equal(executor.forward(GOOD), want)
-        assert {thread: os.sched_getaffinity(thread) for thread in before} == before
     finally:
         for process in busy:
             process.kill()
             process.wait()
+    after, end = {}, time.monotonic() + 20
+    while after != before and time.monotonic() < end:  # one that has just moved gets its mask back when it runs again
+        after = {thread: os.sched_getaffinity(thread) for thread in before}
+    assert after == before
 
 
 def test_the_interpreter_runs_on_while_a_step_computes(model: LoadedModel) -> None:
