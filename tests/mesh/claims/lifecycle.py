@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -50,9 +51,18 @@ async def watch_flips(stage: Stage) -> Verdict:
 
 @claim("3 replicas restarted one after the other under 70 % load through Envoy: no call fails", timeout=1200.0)
 async def rolling_restart(stage: Stage) -> Verdict:
-    wanted = 800 if stage.is_quick else 10_000
+    return await _roll(stage, stage.tiny, 800 if stage.is_quick else 10_000)
+
+
+@claim("the same on the default model", quick=False, timeout=600.0)
+async def rolling_restart_default_model(stage: Stage) -> Verdict:
+    return await _roll(stage, stage.smollm2, 600)
+
+
+async def _roll(stage: Stage, model: Path, wanted: int) -> Verdict:
     outcomes: Counter[str] = Counter()
-    async with stage.fleet(3, "--max-num-seqs", "8", "--lame-duck", "2") as fleet, AsyncClient(fleet.target) as client:
+    options = ("--max-num-seqs", "8", "--lame-duck", "2")
+    async with stage.fleet(3, *options, model=model) as fleet, AsyncClient(fleet.target) as client:
         rate = 0.7 * await _capacity(client)
         restarted = asyncio.ensure_future(_restart_all(fleet))
         tasks: set[asyncio.Future[None]] = set()

@@ -140,13 +140,47 @@ async def overload(stage: Stage) -> Verdict:
         "ttft_after": [round(_quantile(after.ttft, q), 3) for q in (0.5, 0.9, 0.99)],
         "failures": sorted(set(before.failures + over.failures + after.failures)),
     }
+    share, slack = (0.8, 3.0) if stage.is_quick else (0.95, 1.0)  # CI shares its cores; the long form is the claim
     passed = (
-        over.goodput >= 0.95 * peak
-        and _p99(over.ttft) <= 2 * _SLO
-        and _p99(over.refusals) <= 0.05
+        over.goodput >= share * peak
+        and _p99(over.ttft) <= slack * 2 * _SLO
+        and _p99(over.refusals) <= slack * 0.05
         and all(status == health_pb2.HealthCheckResponse.SERVING for status, _ in probes)
         and _quantile(after.ttft, 0.9) <= max(1.5 * _quantile(before.ttft, 0.9), _SLO)
         and not figure["failures"]
         and not after.refusals
     )
     return Verdict(figure, passed)
+
+
+@claim(
+    "the default model at 10x capacity: every call is answered or refused, health SERVING, served again after",
+    quick=False,
+)
+async def overload_default_model(stage: Stage) -> Verdict:
+    """The load generator shares the cores with the model, so times are shown and not judged."""
+    options = ("--max-num-seqs", str(_PLACES), "--slo-ttft", str(_SLO))
+    async with (
+        stage.fleet(2, *options, model=stage.smollm2) as fleet,
+        AsyncClient(fleet.target, retries=False) as client,
+    ):
+        begin, warm = time.monotonic(), Phase(time.monotonic(), 1.0)
+        for _ in range(8):
+            await asyncio.gather(*(_ask(client, warm) for _ in range(2 * _PLACES)))
+        capacity = len(warm.ttft) / (time.monotonic() - begin)
+        async with _probes(tuple(replica.port for replica in fleet.replicas)) as probes:
+            over = await _offer(client, 10 * capacity, 30.0)
+        await asyncio.sleep(5.0)
+        after = await _offer(client, 0.3 * capacity, 5.0)
+    figure = {
+        "capacity_per_second": round(capacity, 1),
+        "answered": len(over.ttft),
+        "refused": len(over.refusals),
+        "p99_refusal_ms": round(_p99(over.refusals) * 1000, 1),
+        "ttft_over_slo": [round(_quantile(over.ttft, q) / _SLO, 2) for q in (0.5, 0.9, 0.99)],
+        "probes": len(probes),
+        "failures": sorted(set(warm.failures + over.failures + after.failures)),
+    }
+    is_serving = all(status == health_pb2.HealthCheckResponse.SERVING for status, _ in probes)
+    served = bool(over.refusals) and bool(over.ttft) and bool(after.ttft)
+    return Verdict(figure, served and is_serving and not figure["failures"] and not after.refusals)
