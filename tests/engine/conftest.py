@@ -6,7 +6,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-for name, max_examples, num_rules in (("quick", 100, 50), ("ci", 2000, 100)):
+for name, max_examples, num_rules in (("quick", 100, 50), ("ci", 800, 100)):
     settings.register_profile(
         name,
         max_examples=max_examples,

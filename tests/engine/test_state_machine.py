@@ -1,6 +1,6 @@
 """The engine under random use (machine.py), and proof that the machine would notice: each planted fault turns it red.
 
-`HEADRACE_HYPOTHESIS=ci pytest tests/engine` runs 2,000 examples of 100 rules each.
+`HEADRACE_HYPOTHESIS=ci pytest tests/engine` runs 800 examples of each of the three machines, 100 rules each.
 """
 
 from __future__ import annotations
