@@ -8,6 +8,7 @@ name. /docs describes it all.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -64,9 +65,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.add_api_route("/v1/models", models)
     app.add_api_route("/v1/models/{name:path}", model)
     app.add_api_route("/version", versions)
-    for path in {"/health", settings.health_route} - {""}:
-        app.add_api_route(path, health if path == "/health" else ready, response_model=None)
-    for path in ("/ready", "/ping"):
+    app.add_api_route("/health", health, response_model=None)
+    for path in {"/ready", "/ping", settings.health_route} - {"", "/health"}:
         app.add_api_route(path, ready, response_model=None)
     app.add_api_route("/invocations", invocations, methods=["POST"], response_model=None)
     if settings.predict_route:
@@ -202,8 +202,6 @@ async def _either(request: Request) -> Body:
 
 
 def _json(raw: bytes) -> Any:
-    import json
-
     try:
         return json.loads(raw)
     except ValueError:

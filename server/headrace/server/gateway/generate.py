@@ -85,8 +85,7 @@ class Generator:
     ) -> dict[str, Any]:
         """The whole answer. Raises HeadraceError or ProblemError."""
         prompts, answer = _prompts(request), _answer(request)
-        sampling = _sampling(request)
-        calls = (self._complete(prompt, request, sampling, metadata) for prompt in prompts)
+        calls = [self._client.complete(**_call(prompt, request, metadata)) for prompt in prompts]
         choices = []
         for number, completions in enumerate(await _all(calls)):
             for completion in completions:
@@ -118,24 +117,6 @@ class Generator:
 
         return lines()
 
-    async def _complete(
-        self,
-        prompt: Prompt,
-        request: ChatRequest | CompletionRequest,
-        sampling: Sampling,
-        metadata: Sequence[tuple[str, str]],
-    ) -> list[Completion]:
-        return await self._client.complete(
-            prompt.text,
-            messages=prompt.messages,
-            token_ids=prompt.token_ids,
-            model=request.model,
-            cache_salt=request.cache_salt,
-            priority=request.priority,
-            metadata=metadata,
-            **sampling,
-        )
-
     async def _events(
         self,
         prompts: Sequence[Prompt],
@@ -146,18 +127,7 @@ class Generator:
         """The chunks of all prompts as they come."""
         async with AsyncExitStack() as stack:
             streams = [
-                await stack.enter_async_context(
-                    self._client.generate(
-                        prompt.text,
-                        messages=prompt.messages,
-                        token_ids=prompt.token_ids,
-                        model=request.model,
-                        cache_salt=request.cache_salt,
-                        priority=request.priority,
-                        metadata=metadata,
-                        **_sampling(request),
-                    )
-                )
+                await stack.enter_async_context(self._client.generate(**_call(prompt, request, metadata)))
                 for prompt in prompts
             ]
             seen: set[int] = set()
@@ -237,6 +207,22 @@ def _prompts(request: ChatRequest | CompletionRequest) -> list[Prompt]:
 
 def _answer(request: ChatRequest | CompletionRequest) -> Answer:
     return Answer("chat.completion" if isinstance(request, ChatRequest) else "text_completion", request.model)
+
+
+def _call(
+    prompt: Prompt, request: ChatRequest | CompletionRequest, metadata: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """Arguments of the client's `complete` or `generate`."""
+    return {
+        "prompt": prompt.text,
+        "messages": prompt.messages,
+        "token_ids": prompt.token_ids,
+        "model": request.model,
+        "cache_salt": request.cache_salt,
+        "priority": request.priority,
+        "metadata": metadata,
+        **_sampling(request),
+    }
 
 
 def _sampling(request: ChatRequest | CompletionRequest) -> Sampling:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, field_validator
 
 
 class _Request(BaseModel):
@@ -90,12 +90,3 @@ class CompletionRequest(_Sampling):
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
     suffix: None = None
-
-
-class Usage(BaseModel):
-    """Tokens of one call."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: dict[str, int] = Field(default_factory=dict)
