@@ -44,7 +44,6 @@ class Engine:
         self._scheduler = Scheduler(config)
         self._batches = BatchBuilder(config)
         self._num_accepted = 0
-        self._num_steps = 0
         self._num_step_failures = 0
         self._pipeline: Pipeline | None = None
         if isinstance(executor, PipelinedExecutor):
@@ -128,7 +127,6 @@ class Engine:
         self._swap(plan.swaps)
         if plan.sequences:
             results = self._execute(plan.sequences)
-            self._num_steps += 1
             outputs += scheduler.update(plan, results, self._clock())
         return outputs
 
@@ -159,7 +157,7 @@ class Engine:
         """A snapshot."""
         scheduler, estimates = self._scheduler, self._scheduler.estimates
         return EngineStats(
-            num_steps=self._num_steps + (self._pipeline.num_steps if self._pipeline is not None else 0),
+            num_steps=scheduler.num_steps,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_free_blocks=scheduler.blocks.num_free,

@@ -47,7 +47,6 @@ class Pipeline:
         self._swap = swap
         self._plan: StepPlan | None = None
         self._must_execute = False  # the last plan could not be queued
-        self.num_steps = 0
 
     @property
     def is_under_way(self) -> bool:
@@ -67,7 +66,6 @@ class Pipeline:
         if is_queued:
             scheduler.advance(plan)
             self._plan = plan
-            self.num_steps += 1
         return outputs
 
     def _run_now(self, scheduler: Scheduler, clock: Clock) -> list[SequenceOutput]:
@@ -77,7 +75,6 @@ class Pipeline:
         self._swap(plan.swaps)
         if not plan.sequences:
             return []
-        self.num_steps += 1
         return scheduler.update(plan, self._execute(plan.sequences), clock())
 
     def _submit(self, plan: StepPlan) -> bool:
