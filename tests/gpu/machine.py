@@ -22,3 +22,12 @@ def why_not() -> str | None:
     if torch.cuda.is_available():
         return None
     return "no CUDA device, and TRITON_INTERPRET is not 1"
+
+
+def lacks_fp8(device: str) -> bool:
+    """Whether this GPU knows no fp8: Triton refuses the type before sm_89. The interpreter knows it."""
+    if device != "cuda":
+        return False
+    import torch
+
+    return torch.cuda.get_device_capability() < (8, 9)

@@ -16,6 +16,7 @@ from headrace.kernels.linear.quantize import (
 )
 from headrace.kernels.linear.triton import linear
 
+from tests.gpu.machine import lacks_fp8
 from tests.gpu.numerics.linear_case import TOLERANCE, Case, error
 
 KINDS = ("w8a8", "fp8", "fp8_block")
@@ -64,8 +65,8 @@ def check(case: Case, m: int, device: str) -> None:
 
 
 def skip_without_fp8(kind: str, device: str) -> None:
-    if kind.startswith("fp8") and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this GPU multiplies no fp8")  # before sm_89 Triton refuses the type
+    if kind.startswith("fp8") and lacks_fp8(device):
+        pytest.skip("this GPU multiplies no fp8")  # see lacks_fp8
 
 
 @pytest.mark.parametrize("m", [1, 5, 17, 65])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.gpu.machine import lacks_fp8
 from tests.gpu.numerics.attention_case import TOLERANCE, Shape, check, expected, run, sequence
 
 CACHES = [torch.float8_e4m3fn, torch.uint8, torch.int8]
@@ -11,7 +12,7 @@ CACHES = [torch.float8_e4m3fn, torch.uint8, torch.int8]
 @pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_cache_beside_every_type(dtype: torch.dtype, kv: torch.dtype, device: str) -> None:
-    if kv == torch.float8_e4m3fn and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    if kv == torch.float8_e4m3fn and lacks_fp8(device):
         pytest.skip("this GPU knows no fp8: its bits are tested beside it")
     shape = Shape(dtype=dtype, kv=kv)
     sequences = [sequence(shape, length, rows, length) for length, rows in ((1, 1), (66, 5), (150, 37), (34, 34))]
